@@ -1,0 +1,1 @@
+"""The API, the control loop, the platforms and the router."""

@@ -1,0 +1,1 @@
+"""What runs inside a build: version → Bento → environment → layers → OCI image."""

@@ -1,0 +1,1 @@
+"""What is kept: object store, manifests, formats, archives, versions, kinds, the MLflow projection."""
