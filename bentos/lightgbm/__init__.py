@@ -1,0 +1,1 @@
+"""The kind `lightgbm`: boosted trees saved by Booster.save_model."""

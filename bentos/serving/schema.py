@@ -1,0 +1,245 @@
+"""Rows in, a matrix out: records by column name, or arrays, checked against the model's own signature.
+
+Errors name the field, such as `inputs[3].age`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from bentos.serving.problems import Problem
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_NUMBERS = {int, float, bool, type(None)}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One input of a model. `categories` are its allowed values, in the order of their codes; None for a number."""
+
+    name: str
+    categories: tuple[Any, ...] | None = None
+    nullable: bool = True
+    example: Any = 0.0
+
+    @cached_property
+    def codes(self) -> dict[Any, float]:
+        return {value: float(code) for code, value in enumerate(self.categories or ())}
+
+    def json_schema(self) -> dict[str, Any]:
+        if self.categories is not None:
+            allowed = [*self.categories, None] if self.nullable else list(self.categories)
+            return {"enum": allowed}
+        return {"type": ["number", "null"] if self.nullable else "number"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a model, in its order. `named`: rows may be objects by column name (arrays always may)."""
+
+    columns: tuple[Column, ...]
+    named: bool = True
+    largest: float = field(default=math.inf)
+    """Largest magnitude the model's number type holds (float32: 3.4e38); larger numbers are refused."""
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.columns)
+
+    @cached_property
+    def _name_set(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+    @cached_property
+    def _pick(self) -> Callable[[Any], Sequence[Any]]:
+        if len(self.names) == 1:
+            name = self.names[0]
+            return lambda row: (row[name],)
+        return itemgetter(*self.names)
+
+    @cached_property
+    def _coded(self) -> tuple[tuple[int, Column], ...]:
+        return tuple((i, c) for i, c in enumerate(self.columns) if c.categories is not None)
+
+    @cached_property
+    def _required(self) -> tuple[int, ...]:
+        return tuple(i for i, c in enumerate(self.columns) if not c.nullable)
+
+    def matrix(self, inputs: Sequence[Any]) -> NDArray[np.float64]:
+        """Rows as float64 [rows, columns]; categories as their codes, missing values as NaN. Raises Problem."""
+        import numpy as np
+
+        values = [self._row(row, i) for i, row in enumerate(inputs)]
+        try:
+            matrix = np.array(values, dtype=np.float64)
+        except OverflowError as error:
+            raise self._first_overflow(values) from error
+        # one pass over the matrix finds out whether any cell needs a closer look
+        if self._required or self.largest < math.inf or not np.isfinite(matrix).all():
+            self._check_extremes(matrix)
+        return matrix
+
+    def _row(self, row: Any, i: int) -> Sequence[Any]:
+        if type(row) is dict:
+            values = self._record(row, i)
+        elif type(row) is list:
+            if len(row) != len(self.columns):
+                detail = f"inputs[{i}] has {len(row)} values; the model has {len(self.columns)} columns"
+                raise Problem("wrong_width", detail, field=f"inputs[{i}]", hint=self._columns_hint())
+            values = row
+        else:
+            hint = "a row is an object by column name, or an array" if self.named else "a row is an array"
+            raise Problem("invalid_row", f"inputs[{i}] is {_kind_of(row)}", field=f"inputs[{i}]", hint=hint)
+        if self._coded:
+            values = list(values)
+            for at, column in self._coded:
+                values[at] = self._code(values[at], column, i)
+        if not _NUMBERS.issuperset(map(type, values)):
+            for column, value in zip(self.columns, values, strict=True):
+                if type(value) not in _NUMBERS:
+                    detail = f"{self._place(i, column)} is {_kind_of(value)}, not a number"
+                    raise Problem("wrong_type", detail, field=self._place(i, column))
+        return values
+
+    def _record(self, row: dict[str, Any], i: int) -> Sequence[Any]:
+        if not self.named:
+            hint = "the model has no column names: send arrays"
+            raise Problem("invalid_row", f"inputs[{i}] is an object", field=f"inputs[{i}]", hint=hint)
+        if len(row) != len(self.columns) or not self._name_set.issuperset(row):
+            missing = next((c.name for c in self.columns if c.name not in row), None)
+            unknown = next((k for k in row if k not in self._name_set), None)
+            if missing is not None:
+                guess = f"; did you mean {unknown!r}?" if unknown and _close(unknown, [missing]) else ""
+                detail = f"inputs[{i}] has no column {missing!r}{guess}"
+                hint = "send every column; null stands for a missing value"
+                raise Problem("missing_column", detail, field=f"inputs[{i}].{missing}", hint=hint)
+            close = _close(str(unknown), self.names)
+            hint = f"did you mean {close!r}?" if close else self._columns_hint()
+            detail = f"the model has no column {unknown!r}"
+            raise Problem("unknown_column", detail, field=f"inputs[{i}].{unknown}", hint=hint)
+        return self._pick(row)
+
+    def _code(self, value: Any, column: Column, i: int) -> float:
+        if value is None or (type(value) is float and math.isnan(value)):
+            return math.nan
+        try:
+            return column.codes[value]
+        except (KeyError, TypeError):
+            shown = ", ".join(repr(c) for c in (column.categories or ())[:20])
+            detail = f"{self._place(i, column)} is {_shown(value)}, which the model was not trained with"
+            field = self._place(i, column)
+            raise Problem("unknown_category", detail, field=field, hint=f"known values: {shown}") from None
+
+    def _check_extremes(self, matrix: NDArray[np.float64]) -> None:
+        import numpy as np
+
+        large = np.isinf(matrix) | (np.abs(matrix) > self.largest)
+        if large.any():
+            row, at = (int(n) for n in np.argwhere(large)[0])
+            place = self._place(row, self.columns[at])
+            detail = f"{place} is {float(matrix[row, at]):g}, which is not a number the model can take"
+            raise Problem("not_finite", detail, field=place, hint="send a finite number, or null where it is missing")
+        if self._required:
+            missing = np.isnan(matrix[:, self._required])
+            if missing.any():
+                row, which = (int(n) for n in np.argwhere(missing)[0])
+                place = self._place(row, self.columns[self._required[which]])
+                detail = f"{place} is missing, and the model takes no missing values"
+                raise Problem("missing_value", detail, field=place, hint="send a number")
+
+    def _first_overflow(self, values: Sequence[Sequence[Any]]) -> Problem:
+        for i, row in enumerate(values):
+            for column, value in zip(self.columns, row, strict=True):
+                try:
+                    float(value if value is not None else 0)
+                except OverflowError:
+                    place = self._place(i, column)
+                    return Problem("not_finite", f"{place} is too large for a number", field=place)
+        return Problem("not_finite", "a number is too large", field="inputs")
+
+    def _place(self, i: int, column: Column) -> str:
+        return f"inputs[{i}].{column.name}" if self.named else f"inputs[{i}][{self.columns.index(column)}]"
+
+    def _columns_hint(self) -> str:
+        shown = ", ".join(self.names[:40]) + (", …" if len(self.names) > 40 else "")
+        return f"the columns are: {shown}" if self.named else f"send {len(self.columns)} numbers"
+
+    def row_schema(self) -> dict[str, Any]:
+        """JSON schema of one row."""
+        array = {
+            "type": "array",
+            "title": "by position",
+            "minItems": len(self.columns),
+            "maxItems": len(self.columns),
+            **({"prefixItems": [c.json_schema() for c in self.columns]} if self._coded else {"items": _any_of(self)}),
+        }
+        if not self.named:
+            return array
+        record = {
+            "type": "object",
+            "title": "by name",
+            "properties": {c.name: c.json_schema() for c in self.columns},
+            "required": list(self.names),
+            "additionalProperties": False,
+        }
+        return {"anyOf": [record, array]}
+
+    def input_schema(self) -> dict[str, Any]:
+        """JSON schema of a request body."""
+        return inputs_schema(self.row_schema())
+
+    def example_row(self) -> Any:
+        """A row that fits: the first category, or the column's example number."""
+        values = [c.categories[0] if c.categories else c.example for c in self.columns]
+        return dict(zip(self.names, values, strict=True)) if self.named else values
+
+
+def inputs_schema(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON schema of `{"inputs": [row, …]}`."""
+    return {
+        "type": "object",
+        "properties": {"inputs": {"type": "array", "minItems": 1, "items": row}},
+        "required": ["inputs"],
+    }
+
+
+def outputs_schema(value: dict[str, Any]) -> dict[str, Any]:
+    """JSON schema of `{"outputs": [value, …]}`."""
+    return {
+        "type": "object",
+        "properties": {"outputs": {"type": "array", "items": value}},
+        "required": ["outputs"],
+    }
+
+
+def _any_of(table: Table) -> dict[str, Any]:
+    return {"type": ["number", "null"]} if all(c.nullable for c in table.columns) else {"type": "number"}
+
+
+def _close(word: str, among: Sequence[str]) -> str | None:
+    found = difflib.get_close_matches(word[:100], among, n=1)
+    return found[0] if found else None
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the string {_shown(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "an array"
+    return {type(None): "null", bool: "true or false"}.get(type(value), _shown(value))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
