@@ -1,0 +1,1 @@
+"""The ranker: pictures of animals, ordered for a search phrase and a user."""
