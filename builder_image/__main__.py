@@ -1,0 +1,99 @@
+"""`python -m builder_image SPEC.json`: run one build (docs/design.md §7).
+
+    python -m builder_image SPEC.json                     a build, as build_service starts it
+    python -m builder_image containerize BENTO_TAG …      any Bento of the local Bento store → an OCI image
+    python -m builder_image base import REF_OR_LAYOUT …   describe a base image and keep it
+
+A build prints JSON lines on stdout, logs on stderr, and writes its result to the file that the spec names. It exits
+with 0 success, 2 the user's error, 3 infrastructure (worth retrying), 4 killed by a limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from builder_image.build import build
+from builder_image.installer import Tools
+from builder_image.process import Processes, hold_lifeline, redact
+from builder_image.progress import Progress
+from builder_image.spec import BuildSpec
+from registry import digest
+from registry.errors import EkibenError, InfrastructureError, UserError
+
+OK, USER_ERROR, INFRASTRUCTURE_ERROR, LIMIT = 0, 2, 3, 4
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m builder_image", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("spec", type=Path, help="a build's spec, JSON")
+    parser.add_argument(
+        "--lifeline-fd",
+        type=int,
+        default=os.environ.get("EKIBEN_LIFELINE_FD"),
+        help="an inherited pipe; at its end of file the build and all it started end",
+    )
+    options = parser.parse_args(arguments)
+    processes = Processes()
+    if options.lifeline_fd is not None:
+        hold_lifeline(int(options.lifeline_fd), processes)
+    return run(options.spec, processes)
+
+
+def run(file: Path, processes: Processes) -> int:
+    """Run the build of a spec file; the exit code."""
+    try:
+        spec = BuildSpec.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        print(f"{file}: {error}", file=sys.stderr)
+        return USER_ERROR
+    progress = Progress(sys.stdout)
+    try:
+        result = build(spec, progress, Tools.of(os.environ, processes))
+    except Exception as error:
+        problem, code = _problem(error)
+        _write(spec.result, {"error": {"stage": progress.current, **problem}})
+        print(f"{progress.current}: {problem['code']}: {problem['message']}", file=sys.stderr)
+        return code
+    finally:
+        shutil.rmtree(spec.work, ignore_errors=True)
+    _write(spec.result, result.model_dump(mode="json", by_alias=True))
+    return OK
+
+
+def _problem(error: Exception) -> tuple[dict[str, str | None], int]:
+    if isinstance(error, EkibenError):
+        code = USER_ERROR if isinstance(error, UserError) else INFRASTRUCTURE_ERROR
+        return {"code": error.code, "message": redact(error.detail), "hint": error.hint}, code
+    traceback.print_exception(error)
+    if isinstance(error, MemoryError):
+        return {"code": "out_of_memory", "message": "the build ran out of memory", "hint": "give it more memory"}, LIMIT
+    if isinstance(error, OSError) and error.errno == 28:
+        full = InfrastructureError("disk_full", "the disk is full", hint="free some space and try again")
+        return _problem(full)
+    text = redact(f"{type(error).__name__}: {error}")[:500]
+    return {"code": "internal_error", "message": text, "hint": "see the build's log"}, INFRASTRUCTURE_ERROR
+
+
+def _write(place: Path, value: object) -> None:
+    """Whole or not at all: whoever waits for the file may read it at once."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
+        file.write(digest.canonical_json(value))
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""Bentos, one a kind or project and lock, kept by content (docs/design.md §7).
+
+A Bento is BentoML's own folder: bento.yaml, src/, env/, apis/. BentoML's `bentoml build` stamps the time, names
+versions at random, locks again without hashes and copies files with the builder's modes; so the folder is written here,
+from what the inspector learnt about the service, and equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from builder_image.environment import Environment, made_once
+from builder_image.installer import Tools
+from builder_image.lock import Lock
+from registry import digest
+from registry.errors import InfrastructureError, UserError
+
+FORMAT = 1
+INSPECT_SECONDS = 120.0
+INSPECT_MEMORY = 16 << 30
+_LARGEST_ANSWER = 16 << 20
+_IMPORT_HINT = "run `bentoml build` in the project's folder to see the same error"
+_LEFT_OUT = ("__pycache__", ".git", ".venv", "venv", ".DS_Store", ".mypy_cache", ".ruff_cache", ".pytest_cache")
+_CODE = {".py", ".toml", ".json", ".html", ".md", ".txt", ".in", ".yaml"}
+# what the wrapper imports beyond the service: imported once while learning, so that its bytecode is there at the start
+_WARM = ("_bentoml_impl.server.app", "uvicorn", "uvicorn.protocols.http.httptools_impl", "uvicorn.loops.uvloop")
+
+
+@dataclass(frozen=True)
+class Bento:
+    dir: Path
+    digest: str
+    tag: str
+    schema: Mapping[str, Any]
+    predict: str
+    envs: tuple[tuple[str, str], ...]
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a Bento is made of. `files` and `packages` map a path in src/ to where its content is; of `files` only those
+    are taken that the service's build options include."""
+
+    name: str
+    files: Mapping[str, Path]
+    lock: Lock
+    python: str
+    content: str
+    """Digest of everything that decides what the Bento holds, apart from lock and Python."""
+    packages: Mapping[str, Path] = field(default_factory=dict)
+    wheels: Path | None = None
+    """Folder of the user's own wheels."""
+    service: str | None = None
+    predict: str = "/predict"
+    trusted: bool = True
+    """False for a user's code: no network where that can be had, bounded memory."""
+
+    @property
+    def version(self) -> str:
+        return digest.of_json([FORMAT, self.name, self.content, self.lock.digest, self.python])[7:19]
+
+    @property
+    def tag(self) -> str:
+        return f"{self.name}:{self.version}"
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}-{self.version}"
+
+
+def tree(folder: Path) -> dict[str, Path]:
+    """The files below a folder by path, without links and caches."""
+    found = {}
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in _LEFT_OUT)
+        for name in sorted(names):
+            path = Path(here) / name
+            if name in _LEFT_OUT or name.endswith((".pyc", ".pyo")) or path.is_symlink() or not path.is_file():
+                continue
+            found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
+def sources(folder: Path) -> dict[str, Path]:
+    """The files of a kind or of a package of `bentos`: its code and small data, not models that were made there."""
+    found = {}
+    for path, place in tree(folder).items():
+        parts = PurePosixPath(path)
+        if not {"model", "build"} & set(parts.parts[:1]) and parts.suffix in _CODE:
+            found[path] = place
+    return found
+
+
+def content_digest(files: Mapping[str, Path]) -> str:
+    """`sha256:…` over path, executable bit and content of each file."""
+    entries = []
+    for path, source in sorted(files.items()):
+        with source.open("rb") as file:
+            value = hashlib.file_digest(file, "sha256").hexdigest()
+        entries.append([path, bool(source.stat().st_mode & 0o100), value])
+    return digest.of_json(entries)
+
+
+def find(cache: Path, recipe: Recipe) -> Bento | None:
+    """The Bento of a recipe if it is there."""
+    place, record = cache / recipe.folder, cache / f"{recipe.folder}.json"
+    try:
+        known = json.loads(record.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    if not (place / "bento.yaml").is_file():
+        return None
+    envs = tuple((name, value) for name, value in known["envs"])
+    return Bento(place, known["digest"], recipe.tag, known["schema"], recipe.predict, envs, reused=True)
+
+
+def ensure(recipe: Recipe, *, environment: Environment, cache: Path, work: Path, tools: Tools) -> Bento:
+    """The Bento of a recipe, made when it is not there yet; this is where a service is imported.
+
+    Raises UserError `service_import_failed`, `service_not_found`, `inspect_timeout`,
+    `needs_dockerfile`, `needs_model_store`.
+    """
+    if (known := find(cache, recipe)) is not None:
+        return known
+    with made_once(cache, recipe.folder) as fresh:
+        if (known := find(cache, recipe)) is not None:
+            return known
+        answer = _inspect(recipe, environment, work, tools)
+        _write(fresh, recipe, answer)
+        value = content_digest(tree(fresh))
+        envs = [[env["name"], env["value"]] for env in answer["envs"] if env.get("stage", "all") != "build"]
+        record = fresh.with_suffix(".json")
+        record.write_bytes(digest.canonical_json({"digest": value, "schema": answer["schema"], "envs": envs}))
+        place = cache / recipe.folder
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(fresh, place)
+        os.replace(record, cache / f"{recipe.folder}.json")
+    made = find(cache, recipe)
+    if made is None:
+        raise InfrastructureError("cache_damaged", f"the Bento {recipe.tag} vanished from {cache.name}")
+    return Bento(made.dir, made.digest, made.tag, made.schema, made.predict, made.envs, reused=False)
+
+
+def _inspect(recipe: Recipe, environment: Environment, work: Path, tools: Tools) -> dict[str, Any]:
+    context = work / "context"
+    shutil.rmtree(context, ignore_errors=True)
+    for name in ("home", "tmp"):
+        (work / name).mkdir(exist_ok=True)
+    _copy(context, {**recipe.files, **recipe.packages})
+    order, answer = work / "inspect-order.json", work / "inspect-answer.json"
+    answer.unlink(missing_ok=True)
+    order.write_text(
+        json.dumps(
+            {
+                "context": str(context),
+                "service": recipe.service,
+                "memory": None if recipe.trusted else INSPECT_MEMORY,
+                "network": recipe.trusted,
+                "warm": _WARM,
+            }
+        )
+    )
+    # nothing of the builder's environment but PATH: a user's code must find no token, no index with a password
+    env = {
+        "PATH": f"{environment.dir / 'bin'}:{tools.env.get('PATH', '/usr/bin:/bin')}",
+        "HOME": str(work / "home"),
+        "TMPDIR": str(work / "tmp"),
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "PYTHONHASHSEED": "0",
+        "BENTOML_HOME": str(work / "home" / "bentoml"),
+        "BENTOML_DO_NOT_TRACK": "True",
+    }
+    if not recipe.trusted:
+        env["PYTHONDONTWRITEBYTECODE"] = "1"
+    script = Path(__file__).with_name("inspector.py")
+    done = tools.processes.run(
+        [environment.interpreter, script, order, answer],
+        env=env,
+        cwd=context,
+        seconds=INSPECT_SECONDS,
+        own_session=not recipe.trusted,
+    )
+    if done.timed_out:
+        raise UserError(
+            "inspect_timeout",
+            f"importing the service took longer than {INSPECT_SECONDS:.0f} s",
+            hint="load the model in the service's __init__, and do no work when the module is imported",
+        )
+    return _answer(answer, done.output, done.code, str(context))
+
+
+def _answer(file: Path, output: str, code: int, context: str) -> dict[str, Any]:
+    """Check what the inspector hands over as one checks an upload: size, shape, types."""
+    if not file.is_file():
+        raise UserError(
+            "service_import_failed",
+            f"the service ended its process while it was imported (exit {code}): {output[-1200:].strip()}",
+            hint=_IMPORT_HINT,
+        )
+    if file.stat().st_size > _LARGEST_ANSWER:
+        raise UserError("service_import_failed", "the service's schema is larger than 16 MiB")
+    try:
+        answer: Any = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError("service_import_failed", "the service's schema is not JSON") from error
+    if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
+        raise _refusal(answer["error"], context)
+    for name, kind in _SHAPE.items():
+        if not isinstance(answer, dict) or not isinstance(answer.get(name), kind):
+            raise UserError("service_import_failed", f"the service's description has no {name}")
+    if not all(
+        isinstance(env, dict) and isinstance(env.get("name"), str) and isinstance(env.get("value"), str)
+        for env in answer["envs"]
+    ) or not all(isinstance(path, str) for path in answer["included"]):
+        raise UserError("service_import_failed", "the service's description is malformed")
+    if answer["models"]:
+        raise UserError(
+            "needs_model_store",
+            f"the service takes {', '.join(map(str, answer['models']))[:300]} from a model store",
+            hint="put the model's files into the project's folder and load them from there",
+        )
+    return dict(answer)
+
+
+_SHAPE: dict[str, type] = {
+    "service": str, "entry_service": str, "schema": dict, "openapi": dict, "services": list, "envs": list,
+    "labels": dict, "args": dict, "models": list, "included": list, "src_layout": bool, "image": dict,
+    "dockerfile": str, "entrypoint": str, "bentofile": str, "bentoml_version": str,
+}  # fmt: skip
+
+
+def _refusal(error: Mapping[str, Any], context: str) -> UserError:
+    code, message = str(error.get("code")), str(error.get("message"))
+    detail = "\n".join(part for part in (message, str(error.get("detail") or "")) if part).replace(context + "/", "")
+    hints = {
+        "service_not_found": "name it in bentofile.yaml: `service: service:MyService`",
+        "legacy_service": "write it with @bentoml.service, as BentoML has since 1.2",
+        "needs_dockerfile": "use `bentoml containerize`, or a base image that has what it needs",
+    }
+    if code not in hints:
+        code = "service_import_failed"
+    return UserError(code, detail, hint=hints.get(code, _IMPORT_HINT))
+
+
+def _write(folder: Path, recipe: Recipe, answer: Mapping[str, Any]) -> None:
+    included = {str(PurePosixPath(path)) for path in answer["included"]}
+    files = {path: source for path, source in recipe.files.items() if path in included}
+    if answer["src_layout"]:
+        files = {path.removeprefix("src/"): source for path, source in files.items()}
+    _copy(folder / "src", {**files, **recipe.packages})
+    if "bentofile.yaml" not in files:
+        _text(folder / "src" / "bentofile.yaml", answer["bentofile"])
+    _text(folder / "env" / "python" / "requirements.txt", _find_links(recipe) + recipe.lock.text)
+    _text(folder / "env" / "docker" / "Dockerfile", answer["dockerfile"])
+    _text(folder / "env" / "docker" / "entrypoint.sh", answer["entrypoint"], mode=0o755)
+    _text(folder / "apis" / "openapi.yaml", _yaml(answer["openapi"]))
+    _text(folder / "apis" / "schema.json", json.dumps(answer["schema"], indent=2, sort_keys=True))
+    readme = recipe.files.get("README.md")
+    description = answer.get("description")
+    if isinstance(description, str) and not description.startswith("file:"):
+        _text(folder / "README.md", description)
+    elif readme is not None:
+        _text(folder / "README.md", readme.read_text(encoding="utf-8", errors="replace"))
+    else:
+        _text(folder / "README.md", f"# {recipe.tag}\n")
+    _text(folder / "bento.yaml", _yaml(_bento_yaml(recipe, answer)))
+
+
+def _bento_yaml(recipe: Recipe, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """BentoML's BentoInfoV2. The pins stand without hashes: the lock is in env/python, and this file is read at each
+    start of the service."""
+    image = answer["image"]
+    return {
+        "service": answer["service"],
+        "name": recipe.name,
+        "version": recipe.version,
+        "bentoml_version": answer["bentoml_version"],
+        "creation_time": "2000-01-01T00:00:00+00:00",
+        "labels": {str(key): str(value) for key, value in sorted(answer["labels"].items())},
+        "models": [],
+        "entry_service": answer["entry_service"],
+        "services": answer["services"],
+        "envs": answer["envs"],
+        "schema": answer["schema"],
+        "args": answer["args"],
+        "spec": 2,
+        "image": {
+            "base_image": str(image.get("base_image", "")),
+            "python_version": recipe.python,
+            "commands": [str(command) for command in image.get("commands", [])],
+            "python_requirements": "".join(pin.requirement + "\n" for pin in recipe.lock.pins),
+            "post_commands": [str(command) for command in image.get("post_commands", [])],
+            "build_include": [str(path) for path in image.get("build_include", [])],
+        },
+    }
+
+
+def _find_links(recipe: Recipe) -> str:
+    own = any(fnmatch.fnmatch(path, "wheels/*.whl") for path in recipe.files)
+    return "--find-links ./wheels\n" if own else ""
+
+
+def _yaml(value: object) -> str:
+    import yaml  # not needed when everything is cached
+
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _text(path: Path, text: str, mode: int = 0o644) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+    path.chmod(mode)
+
+
+def _copy(folder: Path, files: Mapping[str, Path]) -> None:
+    """Copy files under new modes: readable by everybody, executable where they were."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, source in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        target.chmod(0o755 if source.stat().st_mode & 0o100 else 0o644)
+
+
+def packages(names: Sequence[str], serving: Path) -> dict[str, Path]:
+    """The shared code a kind carries in src/: `bentos.serving` → `bentos/__init__.py`, `bentos/serving/…`.
+
+    `serving` is the folder of `bentos.serving`; other packages of `bentos` are its siblings.
+    """
+    root = serving.parent
+    found: dict[str, Path] = {}
+    if (root / "__init__.py").is_file():
+        found["bentos/__init__.py"] = root / "__init__.py"
+    for name in _with_serving(names):
+        parts = name.split(".")
+        if len(parts) != 2 or parts[0] != "bentos" or not parts[1].isidentifier():
+            raise InfrastructureError("bad_kind", f"a kind names the package {name!r}, which is not one of bentos")
+        folder = serving if parts[1] == "serving" else root / parts[1]
+        found |= {f"bentos/{parts[1]}/{path}": place for path, place in sources(folder).items()}
+    return found
+
+
+def _with_serving(names: Iterable[str]) -> list[str]:
+    return sorted({"bentos.serving", *names})

@@ -1,0 +1,153 @@
+"""One build: verified files → lock → environment → Bento → image, each taken from the cache when its content is known.
+
+A weights-only build imports no service and installs nothing: all it does is verify the files and find the rest by name.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from builder_image import bento as bentos
+from builder_image import environment, lock, model
+from builder_image.installer import Tools
+from builder_image.progress import Progress
+from builder_image.spec import BuildResult, BuildSpec, BuiltBento, BuiltEnvironment, BuiltImage
+from registry import digest
+from registry.errors import InfrastructureError, UserError
+
+IDENTITY_FORMAT = 1
+PROJECT = "bento-project"
+
+
+def build(spec: BuildSpec, progress: Progress, tools: Tools) -> BuildResult:
+    """Run a build and return its result. Raises UserError or InfrastructureError; what it leaves is complete or
+    under a temporary name."""
+    _empty(spec.work)
+    try:
+        with progress.stage("fetch", "verify the model's files"):
+            found = model.read(spec.model.dir)
+        with progress.stage("resolve", "resolve the requirements"):
+            recipe = _recipe(spec, found, tools)
+        with progress.stage("environment", f"environment of {len(recipe.lock.pins)} packages"):
+            installed = environment.ensure(
+                recipe.lock,
+                python=recipe.python,
+                cache=spec.cache.environments,
+                tools=tools,
+                wheels=recipe.wheels,
+            )
+            progress.say("already there" if installed.reused else "installed")
+        with progress.stage("bento", f"Bento {recipe.tag}"):
+            packed = bentos.ensure(
+                recipe,
+                environment=installed,
+                cache=spec.cache.bentos,
+                work=spec.work,
+                tools=tools,
+            )
+            progress.say("already there" if packed.reused else "made")
+        image = _image(spec, found, recipe, packed, progress, tools)
+    finally:
+        _empty(spec.work)
+    return BuildResult(
+        identity=identity(found.manifest.digest, recipe, spec),
+        bento=BuiltBento(dir=packed.dir, digest=packed.digest, tag=packed.tag),
+        environment=BuiltEnvironment(dir=installed.dir, python=installed.python, lock_digest=installed.lock_digest),
+        lock=recipe.lock.text,
+        predict=packed.predict,
+        schema=dict(packed.schema),
+        image=image,
+        stages=progress.stages,
+    )
+
+
+def identity(version_digest: str, recipe: bentos.Recipe, spec: BuildSpec) -> str:
+    """Equal identity is the same build: what is packed, with what, for which base and platform, by which format."""
+    return digest.of_json(
+        {
+            "format": IDENTITY_FORMAT,
+            "version": version_digest,
+            "kind": recipe.content,
+            "bento": recipe.tag,
+            "lock": recipe.lock.digest,
+            "python": recipe.python,
+            "base": None if spec.image is None else digest.of_bytes(spec.image.base.read_bytes()),
+            "platform": None if spec.image is None else spec.image.platform,
+            "compression": None if spec.image is None else spec.image.compression,
+            "uv": version("uv"),
+            "bentoml": recipe.lock.version("bentoml"),
+        }
+    )
+
+
+def _recipe(spec: BuildSpec, found: model.Model, tools: Tools) -> bentos.Recipe:
+    if found.manifest.format == PROJECT or spec.kind.name == "project":
+        from builder_image import project  # yaml and ast are for projects only
+
+        return project.recipe(spec, found, tools)
+    return _recipe_of_kind(spec, found, tools)
+
+
+def _recipe_of_kind(spec: BuildSpec, found: model.Model, tools: Tools) -> bentos.Recipe:
+    kind = _kind_toml(spec.kind.dir)
+    python = environment.minor(found.manifest.python)
+    shared = [name for name in kind.get("packages", []) if isinstance(name, str)]
+    packages = bentos.packages(shared, spec.serving)
+    files = bentos.sources(spec.kind.dir)
+    return bentos.Recipe(
+        name=spec.kind.name,
+        files=files,
+        lock=_lock_of_kind(spec, found, python, tools),
+        python=python,
+        content=bentos.content_digest({**files, **packages}),
+        packages=packages,
+        service=str(kind["service"]),
+        predict=str(kind.get("predict", "/predict")),
+    )
+
+
+def _lock_of_kind(spec: BuildSpec, found: model.Model, python: str, tools: Tools) -> lock.Lock:
+    if spec.lock is not None:
+        return lock.parse(spec.lock)
+    committed, wanted = spec.kind.dir / "requirements.txt", spec.kind.dir / "requirements.in"
+    extra = (
+        lock.user_requirements(found.requirements, work=spec.work, tools=tools)
+        if found.requirements is not None
+        else ()
+    )
+    try:
+        if not extra:
+            return lock.parse(committed.read_text())
+        own = lock.requirements_of(wanted)
+    except FileNotFoundError as error:
+        raise InfrastructureError(
+            "bad_kind", f"the kind {spec.kind.name} has no {Path(str(error.filename)).name}", hint="run `make lock`"
+        ) from error
+    return lock.resolve([*own, *extra], python=python, work=spec.work, tools=tools)
+
+
+def _kind_toml(folder: Path) -> dict[str, Any]:
+    try:
+        kind = tomllib.loads((folder / "kind.toml").read_text())
+    except (FileNotFoundError, tomllib.TOMLDecodeError) as error:
+        raise InfrastructureError("bad_kind", f"the kind {folder.name} has no usable kind.toml: {error}") from error
+    if not isinstance(kind.get("service"), str):
+        raise InfrastructureError("bad_kind", f"kind.toml of {folder.name} names no service")
+    return kind
+
+
+def _image(
+    spec: BuildSpec, found: model.Model, recipe: bentos.Recipe, packed: bentos.Bento, progress: Progress, tools: Tools
+) -> BuiltImage | None:
+    if spec.image is None:
+        return None
+    raise UserError("not_implemented", "images are not built yet")
+
+
+def _empty(work: Path) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
