@@ -19,8 +19,8 @@ cut into grades 0 … 4 at THRESHOLDS. Attractiveness = 0.05 + 0.7 · (2^grade �
 once in a while. People look at rank k with probability 1/k (`EXAMINATION`), and click what attracts them.
 
 *What the service logs*: its present order is by likes and similarity. Likes come mostly from the author's followers, so
-that order, and every click it earns, is biased. A first period of the log gives the examination and the debiased rate of
-each picture; a second, later one gives the training clicks; the held-out searches use phrases seen in neither.
+that order, and every click it earns, is biased. A first period of the log gives the examination and the debiased rate
+of each picture; a second, later one gives the training clicks; the held-out searches use phrases seen in neither.
 """
 
 from __future__ import annotations
@@ -37,24 +37,28 @@ from bentos.ranker.features import Candidate, Search
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+# fmt: off
 ANIMALS = (
-    "cat dog fox owl bear deer horse rabbit squirrel hedgehog lion tiger elephant giraffe penguin seal dolphin parrot "
-    "eagle frog turtle lizard bee butterfly"
-).split()
-SETTINGS = "snow beach forest night garden river city mountain".split()
-STYLES = "cute funny wild sleepy majestic".split()
+    "cat", "dog", "fox", "owl", "bear", "deer", "horse", "rabbit", "squirrel", "hedgehog", "lion", "tiger", "elephant",
+    "giraffe", "penguin", "seal", "dolphin", "parrot", "eagle", "frog", "turtle", "lizard", "bee", "butterfly",
+)
+SETTINGS = ("snow", "beach", "forest", "night", "garden", "river", "city", "mountain")
+STYLES = ("cute", "funny", "wild", "sleepy", "majestic")
+# fmt: on
 PLACES = 20
 GRADES = 5
 THRESHOLDS = (1.8, 2.6, 3.1, 3.65)  # about 45, 25, 15, 10 and 5 % of the candidates
 EXAMINATION: Floats = 1.0 / np.arange(1, PLACES + 1)
 
-# Feature names of the models trained here, and their order in the model file.
+# fmt: off
 FEATURES = (
-    "phrase_words match_words match_share affinity similarity aesthetic sharpness portrait age_days likes "
-    "author_followers ctr_debiased impressions"
-).split()
-FEATURES += [f"style_{style}" for style in STYLES]
-FEATURES += ["user_mobile"] + [f"user_taste_{style}" for style in STYLES]
+    "phrase_words", "match_words", "match_share", "affinity", "similarity", "aesthetic", "sharpness", "portrait",
+    "age_days", "likes", "author_followers", "ctr_debiased", "impressions",
+    *(f"style_{style}" for style in STYLES),
+    "user_mobile", *(f"user_taste_{style}" for style in STYLES),
+)
+"""Names and order of the features in the model file."""
+# fmt: on
 
 
 @dataclass(frozen=True)

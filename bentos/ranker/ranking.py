@@ -17,6 +17,7 @@ from bentos.serving.problems import Problem, StartError
 MAX_CANDIDATES = 10_000
 MAX_PHRASE = 500
 MAX_TAGS = 200
+_FIELDS = ("phrase", "user", "candidates")
 
 
 class Ranker:
@@ -61,6 +62,29 @@ class Ranker:
                 field=f"candidates[{place}]",
             )
         return [{"id": search.candidates[i].id, "score": float(scores[i])} for i in order(scores)]
+
+    def answer(self, body: Any) -> dict[str, Any]:
+        """The response body to a request body. Raises Problem naming the field that is wrong."""
+        if not isinstance(body, dict):
+            raise _wrong("body", body, "an object with phrase and candidates")
+        for name in body:
+            if name not in _FIELDS:
+                raise Problem(
+                    "unknown_field",
+                    f"{name} is no field of a request",
+                    field=name,
+                    hint="known are " + ", ".join(_FIELDS),
+                )
+        for name in ("phrase", "candidates"):
+            if name not in body:
+                raise Problem("missing_field", f"{name} is missing", field=name, hint="send phrase and candidates")
+        return {"ranking": self.rank(self.parse(**body))}
+
+    def example(self) -> dict[str, Any]:
+        """A request of the right form for models that came without a sample; all values are missing or zero."""
+        zeros = dict.fromkeys(self.columns.candidate, 0.0)
+        candidates = [Candidate(name, zeros, ("cat",)) for name in ("a", "b")]
+        return self.body(Search("cat", candidates))
 
     def body(self, search: Search) -> dict[str, Any]:
         """The request body that stands for a search: what `parse` reads."""
@@ -170,7 +194,7 @@ class Ranker:
         properties: dict[str, Any] = {"id": {"type": "string", "minLength": 1}}
         if self.columns.tags:
             properties["tags"] = {"type": "array", "items": {"type": "string"}, "maxItems": MAX_TAGS}
-        properties |= {name: number for name in self.columns.candidate}
+        properties |= dict.fromkeys(self.columns.candidate, number)
         candidate = {
             "type": "object",
             "properties": properties,
@@ -184,7 +208,7 @@ class Ranker:
                 "user": {
                     "type": ["object", "null"],
                     "description": "What is known of the user; leave out what is not",
-                    "properties": {name: number for name in self.columns.user},
+                    "properties": dict.fromkeys(self.columns.user, number),
                     "additionalProperties": False,
                 },
                 "candidates": {"type": "array", "items": candidate, "minItems": 1, "maxItems": MAX_CANDIDATES},

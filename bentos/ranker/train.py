@@ -84,7 +84,7 @@ def prepare(world: data.World) -> Prepared:
     rate, impressions = clicks.debiased_rate(
         world.history_log, world.history.pictures, looked, len(world.pictures.animal)
     )
-    columns = Columns(tuple(data.FEATURES))
+    columns = Columns(data.FEATURES)
     train = data.as_searches(world, world.train, rate, impressions)
     held_out = data.as_searches(world, world.held_out, rate, impressions)
     return Prepared(world, columns, looked, _stack(columns, train), _stack(columns, held_out), held_out)
@@ -162,7 +162,7 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
     metrics = evaluate(prepared, boosters, settings)
     ranker = Ranker(lgb.Booster(model_str=boosters[settings.variant].model_to_string()))
     sample = ranker.body(prepared.held_out_searches[0])
-    expected = {"ranking": ranker.rank(ranker.parse(**sample))}
+    expected = ranker.answer(sample)
     outcome = Outcome(
         kind="ranker",
         format="lightgbm-text",
@@ -236,8 +236,8 @@ def report(metrics: dict[str, float], settings: Settings, searches: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bentos.ranker.train",
-        description="Train a ranker of animal pictures on simulated searches and clicks, and compare it with popularity, "
-        "random order and the true relevance on held-out searches. The result is a model folder that can be uploaded.",
+        description="Train a ranker of animal pictures on simulated searches and clicks, and compare it on held-out "
+        "searches with popularity, random order and the true relevance. The result is a model folder, ready to upload.",
         epilog="Example: python -m bentos.ranker.train --small --register http://localhost:8000",
     )
     parser.add_argument("--queries", type=_positive, help="training searches (default 20000; 3000 with --small)")

@@ -52,8 +52,9 @@ def register(outcome: Outcome, folder: ModelFolder, url: str, token: str | None,
 def how_to_upload(folder: Path, file: str, kind: str) -> str:
     """The two commands that upload a model folder by hand."""
     model = folder / "files" / file
+    sample, expected = folder / "sample.json", folder / "expected.json"
     return (
-        f"ekiben push {model} --kind {kind} --sample {folder / 'sample.json'} --expected {folder / 'expected.json'}\n"
-        f"curl -F name={kind} -F kind={kind} -F sample=@{folder / 'sample.json'} -F expected=@{folder / 'expected.json'} "
+        f"ekiben push {model} --kind {kind} --sample {sample} --expected {expected}\n"
+        f"curl -F name={kind} -F kind={kind} -F sample=@{sample} -F expected=@{expected} "
         f"-F file=@{model} 'http://localhost:8000/models?wait=120'"
     )
