@@ -1,0 +1,206 @@
+"""A model object of the user's own process as a file that can be served, with the outputs it gives for a sample.
+
+The outputs come from the model as it is in this process, before it is written. The server checks that the served model
+gives the same; a difference keeps the version from going live.
+
+    LightGBM   Booster, LGBMModel        → text       model.txt     outputs of Booster.predict
+    XGBoost    Booster, XGBModel         → JSON       model.json    outputs of Booster.predict at the best iteration
+    sklearn    estimator, pipeline       → skops      model.skops   outputs of predict
+    ONNX       ModelProto                → protobuf   model.onnx    outputs of ONNX Runtime, where it is installed
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ekiben import _sample
+from ekiben._errors import ExportError
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Files written for a model; `sample` and `expected` are JSON bodies, None where there was no sample."""
+
+    files: tuple[Path, ...]
+    sample: dict[str, Any] | None
+    expected: dict[str, Any] | None
+
+
+def export(model: Any, folder: Path, sample: Any = None) -> Exported:
+    """Write `model` into `folder` and predict `sample` (a frame, an array or rows) with it.
+
+    Raises ExportError for a model that is not of the table above, is not fitted, or whose sample it cannot predict.
+    """
+    writer = _writer(model)
+    if writer is None:
+        raise ExportError(
+            f"{type(model).__module__}.{type(model).__qualname__} is no model that Ekiben can export",
+            code="unknown_model",
+            field="model",
+            hint="save it as ONNX, or push a project around it: ekiben init --from FILE",
+        )
+    body = None if sample is None else _sample.body(sample)
+    if body is not None and not body.get("inputs"):
+        raise ExportError(
+            "the sample has no rows", code="bad_sample", field="sample", hint="pass some, like X_test[:100]"
+        )
+    file, outputs = writer(model, folder, sample)
+    if body is None or outputs is None:
+        return Exported((file,), body, None)
+    values = _sample.outputs(outputs)
+    if len(values) != len(body["inputs"]):
+        raise ExportError(
+            f"the model gave {len(values)} outputs for {len(body['inputs'])} rows", code="bad_sample", field="sample"
+        )
+    return Exported((file,), body, {"outputs": values})
+
+
+def is_model(value: Any) -> bool:
+    """Whether `value` is an object that `export` can write."""
+    return _writer(value) is not None
+
+
+def _writer(model: Any) -> Any:
+    bases = [(base.__module__.split(".", 1)[0], base.__name__) for base in type(model).__mro__]
+    if ("lightgbm", "Booster") in bases or ("lightgbm", "LGBMModel") in bases:
+        return _lightgbm
+    if ("xgboost", "Booster") in bases or ("xgboost", "XGBModel") in bases:
+        return _xgboost
+    if ("onnx", "ModelProto") in bases:
+        return _onnx
+    if ("sklearn", "BaseEstimator") in bases:
+        return _sklearn
+    return None
+
+
+def _lightgbm(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
+    if type(model).__name__ != "Booster" and hasattr(model, "booster_"):
+        try:
+            booster = model.booster_
+        except Exception as error:  # lightgbm's NotFittedError is sklearn's only where sklearn is installed
+            raise _unfitted(model, error) from None
+    else:
+        booster = model
+    outputs = None if sample is None else _predicted(booster.predict, _frame(sample))
+    file = folder / "model.txt"
+    booster.save_model(str(file))  # up to the best iteration, as predict does
+    return file, outputs
+
+
+def _xgboost(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
+    xgboost = importlib.import_module("xgboost")
+    wrapped = isinstance(model, xgboost.XGBModel)
+    try:
+        booster = model.get_booster() if wrapped else model
+    except Exception as error:
+        raise _unfitted(model, error) from None
+    outputs = None
+    if sample is not None:
+        table = _frame(sample)
+        named = hasattr(table, "columns")
+        missing = model.missing if wrapped and model.missing is not None else math.nan
+        names = None if named else booster.feature_names
+        types = None if named else booster.feature_types
+        outputs = _predicted(
+            lambda rows: booster.predict(
+                xgboost.DMatrix(
+                    rows, missing=missing, feature_names=names, feature_types=types, enable_categorical=True
+                ),
+                iteration_range=_best(booster),
+            ),
+            table,
+        )
+    file = folder / "model.json"
+    booster.save_model(str(file))
+    return file, outputs
+
+
+def _best(booster: Any) -> tuple[int, int]:
+    # After early stopping XGBModel.predict stops at the best iteration; (0, 0) means all trees.
+    best = booster.attr("best_iteration")
+    return (0, 0) if best is None else (0, int(best) + 1)
+
+
+def _sklearn(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
+    try:
+        io = importlib.import_module("skops.io")
+    except ImportError:
+        raise ExportError(
+            "a scikit-learn model is sent as skops, which is not installed here",
+            code="skops_missing",
+            field="model",
+            hint="pip install skops",
+        ) from None
+    outputs = None
+    if sample is not None:
+        outputs = _predicted(model.predict, _frame(sample))
+    file = folder / "model.skops"
+    try:
+        io.dump(model, file)
+    except Exception as error:
+        raise ExportError(
+            f"skops cannot write this {type(model).__qualname__}: {_first_line(error)}",
+            code="cannot_export",
+            field="model",
+            hint="joblib.dump it, then ekiben init --from FILE writes a project around it",
+        ) from None
+    return file, outputs
+
+
+def _onnx(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
+    file = folder / "model.onnx"
+    try:
+        file.write_bytes(model.SerializeToString())
+    except Exception as error:  # protobuf's EncodeError: over 2 GiB
+        raise ExportError(
+            f"the ONNX model cannot be written as one file: {_first_line(error)}",
+            code="cannot_export",
+            field="model",
+            hint="onnx.save_model(model, path, save_as_external_data=True), then push the files",
+        ) from None
+    return file, None
+
+
+def _predicted(predict: Any, table: Any) -> Any:
+    try:
+        return predict(table)
+    except Exception as error:
+        if type(error).__name__ in ("NotFittedError", "LGBMNotFittedError"):
+            raise ExportError(
+                "the model is not fitted", code="not_fitted", field="model", hint="fit it first"
+            ) from None
+        raise ExportError(
+            f"the model cannot predict its sample: {_first_line(error)}",
+            code="bad_sample",
+            field="sample",
+            hint="pass rows as the model was trained on, like X_test[:100]",
+        ) from error
+
+
+def _frame(sample: Any) -> Any:
+    """The sample as the libraries take it: a list of rows becomes an array, or a frame where rows have names."""
+    if isinstance(sample, dict):
+        sample = sample.get("inputs", [])
+    if not isinstance(sample, (list, tuple)):
+        return sample
+    if sample and isinstance(sample[0], dict):
+        return importlib.import_module("pandas").DataFrame(list(sample))
+    return importlib.import_module("numpy").asarray(sample)
+
+
+def _unfitted(model: Any, error: Exception) -> ExportError:
+    return ExportError(
+        f"the {type(model).__qualname__} has no trained model in it: {_first_line(error)}",
+        code="not_fitted",
+        field="model",
+        hint="fit it first",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -1,0 +1,174 @@
+"""Tables of the user's own process as JSON rows, and answers back as tables.
+
+A row is an object by column name, or an array where there are no names. Missing values (NaN, NaT, None, pandas.NA) are
+null, timestamps ISO 8601, NumPy numbers plain numbers, categories their values. Nothing here imports pandas or NumPy: a
+value tells by its type what it is, so a process without them pays nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import importlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from ekiben._errors import ExportError
+
+
+def body(data: Any) -> dict[str, Any]:
+    """The request body for tables and lists of rows; a dict is taken as a body already (task kinds have their own)."""
+    if isinstance(data, dict):
+        return {str(name): _value(value, str(name)) for name, value in data.items()}
+    return {"inputs": rows(data)}
+
+
+def rows(data: Any) -> list[Any]:
+    """Rows of a pandas or polars frame, a NumPy array, or a list of rows.
+
+    Raises ExportError for what has no rows, for infinities (JSON has none) and for values without a JSON form.
+    """
+    if _is(data, "pandas", "DataFrame"):
+        return _pandas_rows(data)
+    if _is(data, "pandas", "Series") or _is(data, "polars", "Series"):
+        return [_value(value, str(data.name or "sample")) for value in data.to_list()]
+    if _is(data, "polars", "DataFrame"):
+        return [{name: _value(value, name) for name, value in row.items()} for row in data.to_dicts()]
+    if _is(data, "numpy", "ndarray"):
+        if data.ndim == 0:
+            raise ExportError(
+                "a single number is not a list of rows", code="bad_sample", field="sample", hint="pass [row]"
+            )
+        return [_value(value, "sample") for value in data.tolist()]
+    if hasattr(data, "tocsr") or hasattr(data, "todense"):
+        raise ExportError(
+            "a sparse matrix has no JSON rows", code="bad_sample", field="sample", hint="pass X[:100].toarray()"
+        )
+    if isinstance(data, (list, tuple)):
+        return [_value(value, "sample") for value in data]
+    raise ExportError(
+        f"{type(data).__module__}.{type(data).__qualname__} has no rows that can be sent",
+        code="bad_sample",
+        field="sample",
+        hint="pass a pandas DataFrame, a NumPy array or a list of rows",
+    )
+
+
+def outputs(values: Any) -> list[Any]:
+    """Predictions of a model in the user's process as the JSON list that `{"outputs": …}` holds."""
+    return rows(values)
+
+
+def like(data: Any, values: list[Any]) -> Any:
+    """Answers in the form of the question: a frame gives a Series or DataFrame on its index, an array an array."""
+    if _is(data, "numpy", "ndarray"):
+        numpy = importlib.import_module("numpy")
+
+        if _numeric(values):
+            return numpy.array([_nan(value) for value in values])
+        return (
+            numpy.array(values)
+            if all(isinstance(value, str) for value in values)
+            else numpy.array(values, dtype=object)
+        )
+    if _is(data, "pandas", "DataFrame") or _is(data, "pandas", "Series"):
+        pandas = importlib.import_module("pandas")
+
+        if values and all(isinstance(value, (list, dict)) for value in values):
+            return pandas.DataFrame([_nan(value) for value in values], index=data.index)
+        return pandas.Series([_nan(value) if _numeric(values) else value for value in values], index=data.index)
+    return values
+
+
+def count(data: Any) -> int | None:
+    """How many rows a table has, None for a request body."""
+    return None if isinstance(data, dict) else len(data)
+
+
+def part(data: Any, start: int, stop: int) -> Any:
+    return (
+        data.iloc[start:stop] if _is(data, "pandas", "DataFrame") or _is(data, "pandas", "Series") else data[start:stop]
+    )
+
+
+def _pandas_rows(frame: Any) -> list[Any]:
+    names = list(frame.columns)
+    if len({str(name) for name in names}) != len(names):
+        raise ExportError(
+            "two columns have the same name", code="bad_sample", field="sample", hint="rename one of them"
+        )
+    # By position, so that the dtype of each column is kept: frame.values would make everything an object.
+    columns = [[_value(v, str(name)) for v in frame.iloc[:, at].tolist()] for at, name in enumerate(names)]
+    if names == list(range(len(names))):
+        return [list(row) for row in zip(*columns, strict=True)]
+    keys = [str(name) for name in names]
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _value(value: Any, place: str) -> Any:
+    if value is None or isinstance(value, (bool, str, int)):
+        return _plain(value)
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        if math.isinf(value):
+            raise ExportError(
+                f"{place} holds an infinity, which JSON cannot carry",
+                code="bad_sample",
+                field=place,
+                hint="replace it: X.replace([numpy.inf, -numpy.inf], numpy.nan)",
+            )
+        return float(value)
+    if isinstance(value, dict):
+        return {str(name): _value(item, str(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_value(item, place) for item in value]
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return None if str(value) == "NaT" else value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return _value(float(value), place)
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    kind = type(value)
+    if kind.__module__.startswith("pandas") and kind.__name__ in ("NAType", "NaTType"):
+        return None
+    if kind.__module__ == "numpy":
+        if kind.__name__ == "datetime64":
+            return None if str(value) == "NaT" else str(value)
+        return _value(value.tolist(), place)  # ndarray and numpy scalars
+    if _is(value, "pandas", "DataFrame") or _is(value, "pandas", "Series"):
+        return rows(value)
+    raise ExportError(
+        f"{place} holds a {kind.__module__}.{kind.__qualname__}, which has no JSON form",
+        code="bad_sample",
+        field=place,
+        hint="convert the column to numbers, strings or timestamps",
+    )
+
+
+def _plain(value: Any) -> Any:
+    # str and int subclasses (numpy.str_, IntEnum) become the plain type, so that json writes them the usual way.
+    if value is None or isinstance(value, bool):
+        return value
+    return str(value) if isinstance(value, str) else int(value)
+
+
+def _numeric(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, list):
+            if not _numeric(value):
+                return False
+        elif value is not None and not isinstance(value, (int, float)):
+            return False
+    return True
+
+
+def _nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_nan(item) for item in value]
+    return math.nan if value is None else value
+
+
+def _is(value: Any, package: str, name: str) -> bool:
+    return any(c.__module__.split(".", 1)[0] == package and c.__name__ == name for c in type(value).__mro__)
