@@ -1,0 +1,962 @@
+"""A client of the OCI distribution specification 1.1, made for one job: blobs that are made while they are sent.
+
+A blob goes up in one streamed PATCH, hashed on the way, in constant memory; where a registry or a proxy before it wants
+smaller requests, in chunks. A broken upload goes on where the registry says it stopped, or starts anew where the
+registry has forgotten it (docs/decisions/0101-own-registry-client.md). Errors carry the specification's codes; no
+message holds a credential or an upload's URL.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import ipaddress
+import json
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import httpx
+
+from builder_image import image as _image
+from builder_image import layers as _layers
+from builder_image.image import Image, Platform
+from builder_image.layers import AnyLayer, Layer, StreamedLayer
+from registry import digest as _digest
+from registry.digest import canonical_json
+from registry.errors import EkibenError, InfrastructureError, UserError
+
+_MANIFEST_TYPES = (_image.MANIFEST, _image.INDEX, _image.DOCKER_MANIFEST, _image.DOCKER_INDEX)
+_OCTETS = "application/octet-stream"
+_ATTEMPTS = 5
+_SMALL = 1 << 20  # such a blob goes up in one PUT
+_PART = 8 << 20  # a chunk, where one streamed request is refused
+_LONGEST_MANIFEST = 4 << 20
+_LONGEST_ERROR = 64 << 10
+_AT_ONCE = 2
+_TIMEOUT = httpx.Timeout(60, connect=10)
+_SLOW = httpx.Timeout(
+    60, connect=10, read=900
+)  # a registry may hash the whole blob again before it answers the last PUT
+_TOO_LARGE_OR_NOT_SUPPORTED = (400, 404, 405, 411, 413, 416, 501)
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+
+_HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
+_PATH = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+class RegistryRefused(UserError):
+    """The registry says no (4xx). `spec_codes` are the codes of the distribution specification, e.g. `DENIED`."""
+
+    spec_codes: tuple[str, ...] = ()
+
+
+class RegistryFailed(InfrastructureError):
+    """The registry cannot be reached, failed, or gave something else than it should; worth trying again."""
+
+    spec_codes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`host[:port]/repository[:tag][@digest]`; Docker's short names mean docker.io."""
+
+    host: str
+    repository: str
+    tag: str | None = None
+    digest: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Raises UserError `bad_reference`."""
+        rest, at, digest = text.partition("@")
+        host, slash, path = rest.partition("/")
+        if not slash or not ("." in host or ":" in host or host == "localhost"):
+            host, path = "docker.io", rest
+        path, colon, tag = path.partition(":")
+        if host in ("docker.io", "index.docker.io"):
+            host, path = "registry-1.docker.io", path if "/" in path else f"library/{path}"
+        good = _HOST.fullmatch(host) and _PATH.fullmatch(path) and len(path) <= 255
+        if not good or (colon and not _TAG.fullmatch(tag)) or (at and not re.fullmatch("sha256:[0-9a-f]{64}", digest)):
+            raise UserError(
+                "bad_reference",
+                f"{text[:200]!r} is not an image reference",
+                field="ref",
+                hint="write HOST:PORT/REPOSITORY:TAG in lower case, e.g. localhost:5000/ekiben:churn-3",
+            )
+        return cls(host, path, tag or None, digest or None)
+
+    def __str__(self) -> str:
+        tag = f":{self.tag}" if self.tag else ""
+        return f"{self.host}/{self.repository}{tag}" + (f"@{self.digest}" if self.digest else "")
+
+    @property
+    def name(self) -> str:
+        """What the manifest is asked for by: the digest, or the tag."""
+        return self.digest or self.tag or "latest"
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """A user name and password, or an identity token as `docker login` keeps it."""
+
+    username: str = ""
+    password: str = field(default="", repr=False)
+    identity_token: str = field(default="", repr=False)
+
+    @classmethod
+    def of_docker_config(cls, config: Mapping[str, Any], host: str) -> Credentials | None:
+        """The entry for a host in a parsed `~/.docker/config.json`; None where it has none, or keeps it in a helper."""
+        names = [host, f"https://{host}", f"https://{host}/v2/", f"https://{host}/v1/"]
+        if host == "registry-1.docker.io":
+            names += ["docker.io", "index.docker.io", "https://index.docker.io/v1/"]
+        for name in names:
+            entry = (config.get("auths") or {}).get(name)
+            if not entry:
+                continue
+            if entry.get("identitytoken"):
+                return cls(identity_token=str(entry["identitytoken"]))
+            with suppress(binascii.Error, UnicodeDecodeError):
+                user, _, password = base64.b64decode(entry.get("auth", "")).decode().partition(":")
+                if user:
+                    return cls(user, password.rstrip("\0"))
+            if entry.get("username"):
+                return cls(str(entry["username"]), str(entry.get("password", "")))
+        return None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a pushed image; `sent` is how many of its bytes went over the wire, 0 when it was there already."""
+
+    name: str
+    digest: str
+    size: int
+    reused: bool
+    sent: int
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What `push_image` did, after the registry confirmed the manifest by its digest."""
+
+    ref: str
+    digest: str
+    size: int
+    layers: tuple[LayerReport, ...]
+    image: Image
+
+
+Progress = Callable[[AnyLayer, int], None]
+"""Told (layer, bytes sent since the last call); called from several threads."""
+
+
+class Registry:
+    """One registry. Safe to use from several threads; close it, or use it in a `with`.
+
+    Plain HTTP is spoken only to a loopback address without `ca`, or where `insecure` asks for it. `ca` is a PEM file
+    that is trusted beside the system's. Proxies of the environment are honoured, except towards loopback.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        credentials: Credentials | None = None,
+        ca: Path | None = None,
+        insecure: bool = False,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if not _HOST.fullmatch(host):
+            raise UserError("bad_reference", f"{host[:200]!r} is not a registry's host", field="ref", hint="HOST:PORT")
+        self.host = host
+        loopback = _is_loopback(host)
+        self._plain = insecure or (loopback and ca is None)
+        self._root = httpx.URL(f"{'http' if self._plain else 'https'}://{host}/v2/")
+        self._credentials = credentials
+        self._pause = pause
+        self._tokens: dict[str, tuple[str, float]] = {}
+        self._challenge: tuple[str, dict[str, str]] | None = None
+        self._lock = threading.Lock()
+        trust = httpx.create_ssl_context()
+        if ca is not None:
+            try:
+                trust.load_verify_locations(cafile=ca)
+            except (OSError, ssl.SSLError) as error:
+                raise UserError(
+                    "bad_ca", f"{ca} is not a readable PEM file of certificates", field="ca", hint="give the CA's PEM"
+                ) from error
+        bare = _bare(host)
+        bypass = {f"all://[{bare}]" if ":" in bare else f"all://{bare}": None} if loopback else {}
+        self._http = httpx.Client(
+            verify=trust,
+            timeout=_TIMEOUT,
+            mounts=bypass,
+            headers={"User-Agent": "ekiben"},
+            limits=httpx.Limits(max_connections=8),
+        )
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # blobs
+
+    def has_blob(self, repo: str, digest: str) -> bool:
+        response = self._ask("HEAD", self._url(repo, "blobs", _image.checked_digest(digest)), _pull(repo))
+        if response.status_code == 404:
+            return False
+        self._expect(response, (200,), f"asking for the blob {digest} in {repo}")
+        return True
+
+    def push_blob(self, repo: str, data: bytes) -> str:
+        """Upload a blob that is in memory, unless it is there; gives its digest."""
+        digest = _digest.of_bytes(data)
+        if not self.has_blob(repo, digest):
+            self.push_blob_stream(repo, lambda: iter([data]), len(data), digest=digest)
+        return digest
+
+    def push_blob_stream(
+        self,
+        repo: str,
+        chunks: _layers.Opener,
+        size: int,
+        *,
+        digest: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> str:
+        """Upload a blob of exactly `size` bytes in one pass, and give its digest, which the registry has checked.
+
+        `chunks` opens the bytes from the start; it is called again only when an upload broke. Without `digest` it is
+        computed on the way. Raises InfrastructureError `digest_mismatch` when the bytes are not what `digest` or `size`
+        says, RegistryRefused, RegistryFailed, and what reading the bytes raises; then nothing is left in the registry.
+        """
+        feed = _Feed(chunks, size, digest, progress)
+        part: int | None = None
+        for attempt in range(_ATTEMPTS):
+            location, least = self._start_upload(repo)
+            try:
+                if part is not None:
+                    part = max(part, least)
+                return self._upload(repo, location, feed, part)
+            except _InParts:
+                part = _PART
+            except _Lost as lost:
+                if attempt == _ATTEMPTS - 1:
+                    raise lost.reason from lost
+                self._pause(_backoff(attempt))
+            except EkibenError:
+                self._cancel(repo, location)
+                raise
+            finally:
+                feed.close()
+        raise RegistryFailed(
+            "registry_upload_failed",
+            f"{self.host} did not take a blob of {size} bytes in {_ATTEMPTS} attempts",
+            hint="look at the registry's log, and at limits of a proxy before it",
+        )
+
+    def pull_blob(self, repo: str, digest: str, size: int | None = None) -> Iterator[bytes]:
+        """A blob's bytes; the digest is checked before the iterator ends, so take nothing for good until then.
+
+        Raises InfrastructureError `digest_mismatch`.
+        """
+        url = self._url(repo, "blobs", _image.checked_digest(digest))
+        response = self._ask("GET", url, _pull(repo), stream=True)
+        try:
+            self._expect(response, (200,), f"pulling the blob {digest} from {repo}")
+            total, received = hashlib.sha256(), 0
+            for piece in response.iter_raw():
+                received += len(piece)
+                if size is not None and received > size:
+                    break
+                total.update(piece)
+                yield piece
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        finally:
+            response.close()
+        if f"sha256:{total.hexdigest()}" != digest or (size is not None and received != size):
+            raise InfrastructureError(
+                "digest_mismatch",
+                f"{self.host} gave other bytes than {digest} for that blob of {repo}",
+                hint="the registry's storage is damaged, or something between changes the bytes; nothing was kept",
+            )
+
+    # manifests
+
+    def head_manifest(self, repo: str, name: str) -> str | None:
+        """The digest of a manifest by tag or digest, as the registry says, or None when there is no such manifest."""
+        response = self._ask(
+            "HEAD", self._url(repo, "manifests", name), _pull(repo), {"Accept": ", ".join(_MANIFEST_TYPES)}
+        )
+        if response.status_code == 404:
+            return None
+        self._expect(response, (200,), f"asking for the manifest {name} in {repo}")
+        return response.headers.get("Docker-Content-Digest") or _digest.of_bytes(self.get_manifest(repo, name)[0])
+
+    def get_manifest(self, repo: str, name: str) -> tuple[bytes, str]:
+        """(bytes, media type) of a manifest by tag or digest; asked for by digest, the bytes are checked against it."""
+        response = self._ask(
+            "GET",
+            self._url(repo, "manifests", name),
+            _pull(repo),
+            {"Accept": ", ".join(_MANIFEST_TYPES)},
+            stream=True,
+        )
+        try:
+            self._expect(response, (200,), f"reading the manifest {name} of {repo}")
+            data = _at_most(response, _LONGEST_MANIFEST)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        finally:
+            response.close()
+        if data is None:
+            raise RegistryFailed(
+                "registry_manifest_too_large", f"the manifest {name} of {repo} is longer than {_LONGEST_MANIFEST} bytes"
+            )
+        if name.startswith("sha256:") and _digest.of_bytes(data) != name:
+            raise InfrastructureError(
+                "digest_mismatch", f"{self.host} gave other bytes than {name} for that manifest of {repo}"
+            )
+        return data, response.headers.get("Content-Type", "").split(";")[0].strip()
+
+    def push_manifest(self, repo: str, name: str, manifest: bytes, media_type: str) -> str:
+        """Store a manifest under a tag or its digest; gives the digest."""
+        url = self._url(repo, "manifests", name)
+        response = self._ask("PUT", url, _push(repo), {"Content-Type": media_type}, content=manifest)
+        self._expect(response, (200, 201), f"storing the manifest {name} in {repo}")
+        digest = _digest.of_bytes(manifest)
+        if response.headers.get("Docker-Content-Digest", digest) != digest:
+            raise InfrastructureError(
+                "digest_mismatch", f"{self.host} stored the manifest {name} of {repo} as something else than {digest}"
+            )
+        return digest
+
+    def tags(self, repo: str) -> list[str]:
+        """All tags of a repository, page by page; none where there is no such repository yet."""
+        found: list[str] = []
+        url: httpx.URL | None = self._url(repo, "tags", "list")
+        while url is not None:
+            response = self._ask("GET", url, _pull(repo))
+            if response.status_code == 404:
+                return []
+            self._expect(response, (200,), f"listing the tags of {repo}")
+            found += response.json().get("tags") or []
+            following = response.links.get("next", {}).get("url")
+            url = self._beside(url, following) if following else None
+        return found
+
+    def delete_manifest(self, repo: str, digest: str) -> bool:
+        """Remove a manifest by its digest; False where there was none."""
+        response = self._ask(
+            "DELETE", self._url(repo, "manifests", _image.checked_digest(digest)), _push(repo, "delete")
+        )
+        if response.status_code == 404:
+            return False
+        self._expect(response, (200, 202), f"deleting the manifest {digest} of {repo}")
+        return True
+
+    # uploads
+
+    def _start_upload(self, repo: str) -> tuple[httpx.URL, int]:
+        start = self._url(repo, "blobs", "uploads/")
+        response = self._ask("POST", start, _push(repo), {"Content-Length": "0"})
+        self._expect(response, (202,), f"starting an upload to {repo}")
+        least = response.headers.get("OCI-Chunk-Min-Length", "0")
+        return self._location(response, start), int(least) if least.isdecimal() else 0
+
+    def _upload(self, repo: str, location: httpx.URL, feed: _Feed, part: int | None) -> str:
+        scope = _push(repo)
+        if feed.digest is not None and feed.size <= _SMALL:
+            data = b"".join(feed.take(0, feed.size))
+            return self._finish(repo, location, feed, content=data)
+        at, best, stalls = 0, 0, 0
+        while at < feed.size:
+            stalls = 0 if at > best else stalls + 1
+            best = max(at, best)
+            if stalls > _ATTEMPTS:
+                raise self._stalled(repo, at)
+            length = feed.size - at if part is None else min(part, feed.size - at)
+            headers = {"Content-Type": _OCTETS, "Content-Length": str(length)}
+            if part is not None or at:
+                headers["Content-Range"] = f"{at}-{at + length - 1}"
+            try:
+                response = self._once("PATCH", location, scope, headers, content=feed.take(at, length), timeout=_SLOW)
+            except httpx.TransportError as error:
+                at, location = self._resume(repo, location, self._unreachable(error))
+                continue
+            if response.status_code in (201, 202, 204):
+                location = self._location(response, location)
+                at = _stored(response, at + length)
+            elif response.status_code in (401, *_TRANSIENT):
+                reason = self._error(response, f"uploading a blob to {repo}")
+                if response.status_code == 401 and not self._answer(response, scope):
+                    raise reason
+                at, location = self._resume(repo, location, reason)
+            elif part is None and response.status_code in _TOO_LARGE_OR_NOT_SUPPORTED:
+                self._cancel(repo, location)
+                raise _InParts
+            else:
+                raise self._error(response, f"uploading a blob to {repo}")
+        return self._finish(repo, location, feed)
+
+    def _finish(self, repo: str, location: httpx.URL, feed: _Feed, content: bytes = b"") -> str:
+        digest = feed.finished()
+        headers = {"Content-Type": _OCTETS, "Content-Length": str(len(content))}
+        url = location.copy_merge_params({"digest": digest})
+        try:
+            response = self._ask("PUT", url, _push(repo), headers, content=content, timeout=_SLOW, attempts=1)
+        except RegistryFailed as failed:
+            if self.has_blob(repo, digest):  # it had done it, and only its answer was lost
+                return digest
+            raise _Lost(failed) from failed
+        if response.status_code in (404, 416, *_TRANSIENT):
+            if self.has_blob(repo, digest):
+                return digest
+            raise _Lost(self._error(response, f"finishing the upload of {digest} to {repo}"))
+        self._expect(response, (201, 204), f"finishing the upload of {digest} to {repo}")
+        return digest
+
+    def _resume(self, repo: str, location: httpx.URL, reason: EkibenError) -> tuple[int, httpx.URL]:
+        """Where to go on after a request broke; raises _Lost where the registry no longer knows the upload."""
+        self._pause(_backoff(0))
+        try:
+            response = self._ask("GET", location, _push(repo), attempts=3)
+        except RegistryFailed as failed:
+            raise _Lost(failed) from failed
+        at = _stored(response, 0)
+        if response.status_code != 204 or at == 0:
+            raise _Lost(reason)
+        return at, self._location(response, location)
+
+    def _stalled(self, repo: str, at: int) -> RegistryFailed:
+        return RegistryFailed(
+            "registry_upload_failed",
+            f"an upload to {repo} on {self.host} breaks again and again after {at} bytes",
+            hint="look at the registry's log, its disk, and at limits of a proxy before it",
+        )
+
+    def _cancel(self, repo: str, location: httpx.URL) -> None:
+        with suppress(EkibenError, httpx.HTTPError):  # registries drop forgotten uploads by themselves
+            self._ask("DELETE", location, _push(repo), attempts=1)
+
+    # requests
+
+    def _url(self, repo: str, *path: str) -> httpx.URL:
+        if not _PATH.fullmatch(repo):
+            raise UserError("bad_reference", f"{repo[:200]!r} is not a repository", field="ref", hint="use lower case")
+        if not all(re.fullmatch(r"[A-Za-z0-9._:/-]+", part) for part in path):
+            raise UserError("bad_reference", f"{path[-1][:200]!r} is not a tag or digest", field="ref")
+        return self._root.join("/".join([repo, *path]))
+
+    def _ask(
+        self,
+        method: str,
+        url: httpx.URL,
+        scope: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        content: bytes | None = None,
+        stream: bool = False,
+        timeout: httpx.Timeout = _TIMEOUT,
+        attempts: int = _ATTEMPTS,
+    ) -> httpx.Response:
+        """A request that may be repeated: with backoff while the registry is away, once after a challenge."""
+        answered = False
+        attempt = 0
+        while True:
+            try:
+                response = self._follow(method, url, scope, headers or {}, content, stream, timeout)
+            except httpx.TransportError as error:
+                attempt += 1
+                if attempt >= attempts or _is_certificate(error):
+                    raise self._unreachable(error) from error
+                self._pause(_backoff(attempt))
+                continue
+            if response.status_code == 401 and not answered:
+                answered = True
+                response.close()
+                if self._answer(response, scope):
+                    continue
+                return response
+            if response.status_code in _TRANSIENT:
+                attempt += 1
+                if attempt < attempts:
+                    response.close()
+                    self._pause(_backoff(attempt, response.headers.get("Retry-After")))
+                    continue
+            return response
+
+    def _follow(
+        self,
+        method: str,
+        url: httpx.URL,
+        scope: str,
+        headers: Mapping[str, str],
+        content: bytes | None,
+        stream: bool,
+        timeout: httpx.Timeout,
+    ) -> httpx.Response:
+        for _ in range(5):
+            response = self._once(method, url, scope, headers, content=content, stream=stream, timeout=timeout)
+            if method not in ("GET", "HEAD") or response.status_code not in (301, 302, 303, 307, 308):
+                return response
+            response.close()
+            url = self._location(response, url)
+        raise RegistryFailed("registry_redirects", f"{self.host} redirects in circles")
+
+    def _once(
+        self,
+        method: str,
+        url: httpx.URL,
+        scope: str,
+        headers: Mapping[str, str],
+        *,
+        content: bytes | Iterable[bytes] | None = None,
+        stream: bool = False,
+        timeout: httpx.Timeout = _TIMEOUT,
+    ) -> httpx.Response:
+        # identity: digests are about the bytes as stored, so nothing on the way may compress them
+        request = self._http.build_request(
+            method, url, headers={"Accept-Encoding": "identity", **headers}, content=content, timeout=timeout
+        )
+        if _origin(url) == _origin(self._root) and (credential := self._authorization(scope)):
+            request.headers["Authorization"] = credential
+        return self._http.send(request, stream=stream)
+
+    def _location(self, response: httpx.Response, url: httpx.URL) -> httpx.URL:
+        where = response.headers.get("Location")
+        if not where:
+            if response.status_code in (201, 202, 204):
+                return url
+            raise RegistryFailed("registry_protocol", f"{self.host} gave no Location where the specification wants one")
+        return self._beside(url, where)
+
+    def _beside(self, url: httpx.URL, where: str) -> httpx.URL:
+        found = httpx.URL(urljoin(str(url), where))
+        if found.scheme not in ("http", "https") or (url.scheme == "https" and found.scheme != "https"):
+            raise RegistryFailed(
+                "registry_insecure_redirect",
+                f"{self.host} sends us from https to {found.scheme}://{found.host}, which would not be encrypted",
+                hint="behind a proxy, tell the registry its public https address",
+            )
+        return found
+
+    # authentication
+
+    def _authorization(self, scope: str) -> str | None:
+        with self._lock:
+            if self._challenge is None:
+                return None
+            kind = self._challenge[0]
+            token, until = self._tokens.get(scope, ("", 0.0))
+        if kind == "basic":
+            return self._basic()
+        if token and time.monotonic() < until:
+            return f"Bearer {token}"
+        return None
+
+    def _basic(self) -> str | None:
+        if self._credentials is None or not self._credentials.username:
+            return None
+        pair = f"{self._credentials.username}:{self._credentials.password}"
+        return "Basic " + base64.b64encode(pair.encode()).decode()
+
+    def _answer(self, response: httpx.Response, scope: str) -> bool:
+        """Get what a 401 asks for; whether it is worth asking again."""
+        if _origin(response.request.url) != _origin(self._root):
+            return False
+        challenges = _challenges(response.headers.get_list("WWW-Authenticate"))
+        if "bearer" in challenges:
+            asked = challenges["bearer"]
+            token, seconds = self._fetch_token(asked, scope)
+            with self._lock:
+                self._challenge = ("bearer", asked)
+                self._tokens[scope] = (token, time.monotonic() + max(seconds - 10, seconds / 2))
+            return True
+        if "basic" in challenges and self._basic() is not None:
+            with self._lock:
+                first = self._challenge is None
+                self._challenge = ("basic", {})
+            return first or "Authorization" not in response.request.headers
+        return False
+
+    def _fetch_token(self, asked: Mapping[str, str], scope: str) -> tuple[str, float]:
+        realm = httpx.URL(asked.get("realm", ""))
+        plain_allowed = self._plain or _is_loopback(realm.host)
+        if realm.scheme != "https" and not (realm.scheme == "http" and plain_allowed):
+            raise RegistryFailed(
+                "registry_token_realm",
+                f"{self.host} wants credentials sent to {realm.scheme or 'no'}://{realm.host}, which is not encrypted",
+                hint="give the registry's token service an https address",
+            )
+        form = {"scope": asked.get("scope") or scope}
+        if asked.get("service"):
+            form["service"] = asked["service"]
+        try:
+            if self._credentials is not None and self._credentials.identity_token:
+                form |= {
+                    "grant_type": "refresh_token",
+                    "client_id": "ekiben",
+                    "refresh_token": self._credentials.identity_token,
+                }
+                response = self._http.post(realm, data=form)
+            else:
+                basic = self._basic()
+                headers = {"Authorization": basic} if basic else {}
+                response = self._http.get(realm.copy_merge_params(form), headers=headers)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        self._expect(response, (200,), f"asking {realm.host} for a token")
+        try:
+            body = response.json()
+            token = body.get("token") or body["access_token"]
+            return str(token), float(body.get("expires_in") or 60)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RegistryFailed("registry_protocol", f"{realm.host} answered without a token") from error
+
+    # errors
+
+    def _expect(self, response: httpx.Response, codes: tuple[int, ...], doing: str) -> None:
+        if response.status_code not in codes:
+            raise self._error(response, doing)
+
+    def _error(self, response: httpx.Response, doing: str) -> EkibenError:
+        spec_codes, said = _said(response)
+        detail = f"{self.host} answered {response.status_code} while {doing}" + (f": {said}" if said else "")
+        name = f"registry_{spec_codes[0].lower()}" if spec_codes else f"registry_http_{response.status_code}"
+        hint = None
+        if response.status_code == 401:
+            name, hint = "registry_unauthorized", f"log in first: docker login {self.host}"
+        elif response.status_code == 403:
+            name, hint = "registry_denied", "the account may not do this: ask the registry's owner for push rights"
+        elif response.status_code == 413:
+            name, hint = "registry_too_large", "raise the body limit of the registry or of the proxy before it"
+        elif response.status_code >= 500:
+            hint = "look at the registry's log; the build is tried again"
+        kind = RegistryFailed if response.status_code in _TRANSIENT or response.status_code >= 500 else RegistryRefused
+        error = kind(name, self._redacted(detail), hint=hint)
+        error.spec_codes = spec_codes
+        return error
+
+    def _unreachable(self, error: httpx.TransportError) -> EkibenError:
+        if _is_certificate(error):
+            return RegistryRefused(
+                "registry_certificate",
+                self._redacted(f"the certificate of {self.host} is not trusted: {error}"),
+                field="ca",
+                hint="give the CA of the registry (ca), or insecure for plain http",
+            )
+        what = str(error) or type(error).__name__
+        return RegistryFailed(
+            "registry_unreachable",
+            self._redacted(f"{self._root.scheme}://{self.host} cannot be reached: {what}"),
+            hint="is the address right, is the registry running, does it speak "
+            + ("https" if self._plain else "only http (insecure)")
+            + "?",
+        )
+
+    def _redacted(self, text: str) -> str:
+        secrets = [token for token, _ in self._tokens.values()]
+        if self._credentials is not None:
+            secrets += [self._credentials.password, self._credentials.identity_token, (self._basic() or "")[6:]]
+        for secret in secrets:
+            if secret:
+                text = text.replace(secret, "…")
+        return re.sub(r"(https?://[^\s?\"']*)\?[^\s\"']*", r"\1?…", text)
+
+
+def push_image(registry: Registry, image: Image, ref: Reference, progress: Progress | None = None) -> PushReport:
+    """Push what the registry lacks of an image, then the manifest, and see that it is there by its digest.
+
+    Layers whose digest is known are asked for first; a streamed layer is uploaded in one pass. Two go up at a time.
+    Raises what the registry or the reading of a layer raises; the tag then still names what it named before.
+    """
+
+    def push(layer: AnyLayer) -> tuple[Layer, LayerReport]:
+        if isinstance(layer, Layer) and registry.has_blob(ref.repository, layer.digest):
+            return layer, LayerReport(layer.name, layer.digest, layer.size, True, 0)
+        sent = 0
+
+        def count(length: int) -> None:
+            nonlocal sent
+            sent += length
+            if progress is not None:
+                progress(layer, length)
+
+        known = layer.digest if isinstance(layer, Layer) else None
+        digest = registry.push_blob_stream(ref.repository, layer.open, layer.size, digest=known, progress=count)
+        done = layer.sealed(digest) if isinstance(layer, StreamedLayer) else layer
+        return done, LayerReport(layer.name, digest, layer.size, False, sent)
+
+    distinct = {layer.digest if isinstance(layer, Layer) else id(layer): layer for layer in image.layers}
+    with ThreadPoolExecutor(_AT_ONCE, "push") as pool:
+        tasks = {key: pool.submit(push, layer) for key, layer in distinct.items()}
+        try:
+            results = {key: task.result() for key, task in tasks.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    image = image.sealed(results[layer.digest if isinstance(layer, Layer) else id(layer)][0] for layer in image.layers)
+    registry.push_blob(ref.repository, image.config_bytes)
+    manifest = image.manifest_bytes
+    digest = registry.push_manifest(ref.repository, ref.tag or image.digest, manifest, image.media_type)
+    stored, _ = registry.get_manifest(ref.repository, digest)
+    if stored != manifest or (ref.tag and registry.head_manifest(ref.repository, ref.tag) != digest):
+        raise InfrastructureError(
+            "image_not_stored",
+            f"{ref} was pushed, but the registry does not give {digest} back",
+            hint="somebody else may be pushing to the same tag, or the registry's storage fails; build again",
+        )
+    reports = tuple(report for _, report in results.values())
+    return PushReport(str(ref), digest, image.size, reports, image)
+
+
+def pull_image(registry: Registry, ref: Reference, platform: Platform | None = None) -> Image:
+    """The image a reference names, for one platform; its layers are pulled, and checked, when they are opened."""
+    repo = ref.repository
+    manifest, media_type = registry.get_manifest(repo, ref.name)
+    documents = {_digest.of_bytes(manifest): manifest}
+
+    def document(digest: str) -> bytes:
+        if digest not in documents:
+            try:
+                documents[digest] = registry.get_manifest(repo, digest)[0]
+            except RegistryRefused:
+                documents[digest] = b"".join(registry.pull_blob(repo, digest))
+        return documents[digest]
+
+    def opener(digest: str) -> _layers.Opener:
+        return lambda: registry.pull_blob(repo, digest)
+
+    kind = media_type or str(json.loads(manifest).get("mediaType", _image.MANIFEST))
+    index = {"manifests": [{"mediaType": kind, "digest": _digest.of_bytes(manifest)}]}
+    return _image.choose(index, document, opener, platform, None, str(ref))
+
+
+def remember_layer(registry: Registry, repo: str, key: str, layer: Layer) -> None:
+    """Note in the registry that `key` (what a layer is made from) gave this layer, for builders without a local cache.
+
+    The note is a manifest of its own under a tag, so that no garbage collection takes the layer. The layer must be
+    there.
+    """
+    config = canonical_json({"schema": "ekiben.layer.v1", "key": key, "name": layer.name, "diff_id": layer.diff_id})
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": _image.MANIFEST,
+        "config": {"mediaType": _LAYER_NOTE, "digest": registry.push_blob(repo, config), "size": len(config)},
+        "layers": [{"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size}],
+    }
+    registry.push_manifest(repo, _layer_tag(key), canonical_json(manifest), _image.MANIFEST)
+
+
+def find_layer(registry: Registry, repo: str, key: str) -> Layer | None:
+    """The layer that `remember_layer` noted for `key`, when its bytes are still there; they can be pulled by `open`."""
+    if registry.head_manifest(repo, _layer_tag(key)) is None:
+        return None
+    try:
+        manifest = json.loads(registry.get_manifest(repo, _layer_tag(key))[0])
+        note = json.loads(b"".join(registry.pull_blob(repo, manifest["config"]["digest"], manifest["config"]["size"])))
+        (item,) = manifest["layers"]
+        if note["schema"] != "ekiben.layer.v1" or note["key"] != key or note["name"] not in ("deps", "code"):
+            return None
+        digest, size = _image.checked_digest(item["digest"]), int(item["size"])
+        diff_id, media_type = _image.checked_digest(note["diff_id"]), str(item["mediaType"])
+    except (KeyError, ValueError, TypeError):
+        return None
+    if not registry.has_blob(repo, digest):
+        return None
+    return Layer(note["name"], media_type, diff_id, digest, size, lambda: registry.pull_blob(repo, digest, size))
+
+
+_LAYER_NOTE = "application/vnd.ekiben.layer.v1+json"
+
+
+def _layer_tag(key: str) -> str:
+    return "layer-" + hashlib.sha256(key.encode()).hexdigest()[:40]
+
+
+class _InParts(Exception):
+    """The registry or its proxy does not take the blob in one request."""
+
+
+class _Lost(Exception):
+    """The registry no longer knows the upload; `reason` is what broke it."""
+
+    def __init__(self, reason: EkibenError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class _Feed:
+    """The bytes of a blob from any place on, hashed once whatever is sent how often.
+
+    Going on where the last piece ended is free; going back opens the source again and skips.
+    """
+
+    def __init__(
+        self, open_: _layers.Opener, size: int, digest: str | None, progress: Callable[[int], None] | None
+    ) -> None:
+        self.size = size
+        self.digest = digest
+        self._open = open_
+        self._progress = progress
+        self._pieces: Iterator[bytes] = iter(())
+        self._at = -1  # place of the next byte of _rest; -1: not open
+        self._rest = b""
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+
+    def take(self, start: int, length: int) -> Iterator[bytes]:
+        if self._at < 0 or start < self._at:
+            self.close()
+            self._pieces, self._at, self._rest = self._open(), 0, b""
+        while length:
+            if not self._rest:
+                piece = next(self._pieces, b"")
+                if not piece:
+                    raise self._wrong(f"ended after {self._at}")
+                self._rest = piece
+                self._see(piece)
+            if self._at < start:
+                skipped = min(start - self._at, len(self._rest))
+                self._at += skipped
+                self._rest = self._rest[skipped:]
+                continue
+            piece = self._rest[:length]
+            self._rest = self._rest[len(piece) :]
+            self._at += len(piece)
+            length -= len(piece)
+            if self._at == self.size:
+                self._end()
+            if self._progress is not None:
+                self._progress(len(piece))
+            yield piece
+
+    def finished(self) -> str:
+        """The digest of everything."""
+        if self.size == 0:
+            self._end()
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def close(self) -> None:
+        close = getattr(self._pieces, "close", None)
+        if close is not None:
+            close()
+        self._at, self._rest = -1, b""
+
+    def _see(self, piece: bytes) -> None:
+        new = self._at + len(piece) - self._hashed
+        if new > 0:
+            self._hash.update(piece if new == len(piece) else piece[-new:])
+            self._hashed += new
+
+    def _end(self) -> None:
+        """Before the last bytes leave: is it all, and right? A source says only at its end what was wrong in it."""
+        for more in self._pieces if self.size else self._open():
+            if more:
+                raise self._wrong("go on")
+        found = f"sha256:{self._hash.hexdigest()}"
+        if self._rest or (self.digest is not None and found != self.digest):
+            raise self._wrong(f"have the digest {found}")
+
+    def _wrong(self, how: str) -> InfrastructureError:
+        return InfrastructureError(
+            "digest_mismatch",
+            f"a blob should be {self.digest or 'a stream'} of {self.size} bytes, but its bytes {how}",
+            hint="where the layer is stored is damaged: remove it there and build again",
+        )
+
+
+def _said(response: httpx.Response) -> tuple[tuple[str, ...], str]:
+    """(codes, text) of an error body, which may be anything."""
+    try:
+        body = response.content if response.is_closed else _at_most(response, _LONGEST_ERROR) or b""
+    except (httpx.HTTPError, httpx.StreamError):
+        return (), ""
+    try:
+        errors = json.loads(body)["errors"]
+        codes = tuple(str(error["code"]) for error in errors if re.fullmatch("[A-Z_]{1,40}", str(error["code"])))
+        return codes, "; ".join(f"{error['code']}: {error.get('message', '')}" for error in errors)[:500]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return (), " ".join(body[:300].decode("utf-8", "replace").split())
+
+
+def _at_most(response: httpx.Response, limit: int) -> bytes | None:
+    data = bytearray()
+    for piece in response.iter_raw():
+        data += piece
+        if len(data) > limit:
+            return None
+    return bytes(data)
+
+
+def _stored(response: httpx.Response, otherwise: int) -> int:
+    """How many bytes of an upload the registry has, by its Range header; `0-0` means none to some registries."""
+    match = re.fullmatch(r"(?:bytes=)?0-([0-9]+)", response.headers.get("Range", ""))
+    if match is None:
+        return otherwise
+    last = int(match.group(1))
+    return last + 1 if last else (1 if otherwise == 1 else 0)
+
+
+def _challenges(headers: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Scheme (lower case) → parameters of WWW-Authenticate headers (RFC 9110 §11.6.1), as registries write them."""
+    found: dict[str, dict[str, str]] = {}
+    for header in headers:
+        scheme, _, rest = header.strip().partition(" ")
+        pairs = re.findall(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))', rest)
+        found.setdefault(scheme.lower(), {key.lower(): quoted or bare for key, quoted, bare in pairs})
+    return found
+
+
+def _backoff(attempt: int, asked: str | None = None) -> float:
+    """Seconds to wait before the next attempt."""
+    if asked is not None and asked.isdecimal():
+        return min(float(asked), 30.0)
+    return float(min(0.25 * 2**attempt, 8.0))
+
+
+def _pull(repo: str) -> str:
+    return f"repository:{repo}:pull"
+
+
+def _push(repo: str, action: str = "") -> str:
+    return f"repository:{repo}:pull,push" + (f",{action}" if action else "")
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
+
+
+def _bare(host: str) -> str:
+    return httpx.URL(f"http://{host}").host
+
+
+def _is_loopback(host: str) -> bool:
+    name = _bare(host) if ":" in host else host
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_certificate(error: BaseException) -> bool:
+    return "CERTIFICATE_VERIFY_FAILED" in str(error)
