@@ -62,6 +62,11 @@ def check_name(name: str, *, field: str = "name") -> str:
     return name
 
 
+def is_name(text: str) -> bool:
+    """Whether the text has the form of a name; reserved words have it too."""
+    return len(text) <= LONGEST_NAME and _NAME.fullmatch(text) is not None
+
+
 def name_from_filename(filename: str, *, has_suffix: bool = True) -> str:
     """A usable name from a file's name or stem: `Churn Model (v2).txt` gives `churn-model-v2`. Never fails."""
     stem = re.split(r"[/\\]", filename)[-1]

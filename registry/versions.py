@@ -105,9 +105,7 @@ def create(connection: Connection, **values: Any) -> tuple[Version, bool]:
     if existing is not None:
         return existing, False
     number = _next_number(connection, values["name"])
-    row = connection.execute(
-        insert(versions).values(id=str(ULID()), number=number, **values).returning(versions)
-    ).one()
+    row = connection.execute(insert(versions).values(id=str(ULID()), number=number, **values).returning(versions)).one()
     return _version(row), True
 
 
@@ -156,9 +154,7 @@ def latest(connection: Connection, name: str) -> Version | None:
 def of_model(connection: Connection, name: str) -> list[Version]:
     """All versions of a model, newest first."""
     rows = connection.execute(
-        select(versions)
-        .where(versions.c.name == name, versions.c.deleted.is_(None))
-        .order_by(versions.c.number.desc())
+        select(versions).where(versions.c.name == name, versions.c.deleted.is_(None)).order_by(versions.c.number.desc())
     )
     return [_version(row) for row in rows]
 

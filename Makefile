@@ -1,0 +1,62 @@
+# The verbs of Ekiben. CI calls the same ones. `make` alone lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+LOCKS := $(wildcard bentos/*/requirements.in)
+
+.PHONY: help setup demo up down test test-all lint lock openapi train examples bench clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+# The environment is made once and again whenever a lock moves.
+setup: $(VENV)/.ready ## make the project's own environment (.venv) from the lock
+
+$(VENV)/.ready: requirements.lock pyproject.toml client/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Ekiben needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if command -v uv >/dev/null; then UV=uv; else test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; UV=$(UV); fi; \
+	  echo "setting up .venv …"; \
+	  $$UV pip sync --quiet --python $(BIN)/python requirements.lock && \
+	  $$UV pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e . -e client
+	@touch $@
+
+demo: setup ## the whole way of a model, on this machine, in about a minute
+	@$(BIN)/python -m benchmarks.demo
+
+up: setup ## start the service in the background (http://localhost:8000)
+	@$(BIN)/ekiben up
+
+down: setup ## stop it
+	@$(BIN)/ekiben down
+
+test: setup ## every test that needs no root and no server from outside
+	@$(BIN)/python -m pytest -m "not needs_root" $(ARGS)
+
+lint: setup ## ruff, mypy, import-linter, and that generated files are current
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m scripts.generated --check
+
+lock: ## resolve every lock again (needs the package index)
+	@$(BIN)/python -m scripts.generated --locks
+
+openapi: setup ## write docs/openapi.json
+	@$(BIN)/python -m scripts.generated --write
+
+train: setup ## train the ranker and the forecast
+	$(BIN)/python -m bentos.ranker.train
+	$(BIN)/python -m bentos.forecast.train
+
+examples: setup ## a small real model in each kind's folder, for `bentoml serve` there
+	@for kind in $(patsubst bentos/%/example.py,%,$(wildcard bentos/*/example.py)); do $(BIN)/python -m bentos.$$kind.example bentos/$$kind/model; done
+
+bench: setup ## every figure of the README, into benchmarks/report.json
+	@$(BIN)/python -m benchmarks.run
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

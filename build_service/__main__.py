@@ -1,0 +1,134 @@
+"""`ekiben-server`: the service with the embedded platform. Everything is set through EKIBEN_ variables."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import socket
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+import uvicorn
+from pydantic import ValidationError
+
+from build_service.app import VERSION, create_app
+from build_service.settings import Settings
+from registry.errors import EkibenError
+
+_DRAIN_SECONDS = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="ekiben-server",
+        description="Ekiben's service: uploads, builds, deployments and the inference router in one process.",
+        epilog="Settings are environment variables with the prefix EKIBEN_ (see --settings), "
+        "for instance EKIBEN_HOME=/srv/ekiben EKIBEN_PORT=8000 ekiben-server",
+    )
+    parser.add_argument("--settings", action="store_true", help="list every setting with its default, and end")
+    parser.add_argument("--openapi", action="store_true", help="print the API's OpenAPI document, and end")
+    parser.add_argument("--version", action="version", version=f"ekiben-server {VERSION}")
+    arguments = parser.parse_args()
+    if arguments.settings:
+        _print_settings()
+        return 0
+    _configure_logs()
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"]).upper()
+            print(f"ekiben-server: {'EKIBEN_' + name + ': ' if name else ''}{problem['msg']}", file=sys.stderr)
+        print("hint: ekiben-server --settings lists what there is", file=sys.stderr)
+        return 2
+    if arguments.openapi:
+        return _print_openapi(settings)
+    return _serve(settings)
+
+
+def _serve(settings: Settings) -> int:
+    try:
+        listening = _listen(settings.host, settings.port)
+    except OSError as error:
+        print(
+            f"ekiben-server: cannot listen on {settings.host}:{settings.port}: {error.strerror} [port_taken]\n"
+            f"hint: another program has the port; stop it (ekiben down), or choose another: EKIBEN_PORT=8001",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        application = create_app(settings, port=listening.getsockname()[1])
+    except EkibenError as error:
+        print(f"ekiben-server: {error.detail} [{error.code}]\nhint: {error.hint}", file=sys.stderr)
+        return 1
+    config = uvicorn.Config(
+        application,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_DRAIN_SECONDS,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    server = uvicorn.Server(config)
+    with suppress(KeyboardInterrupt):
+        asyncio.run(server.serve(sockets=[listening]))
+    return 0 if server.started else 1
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(2048)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def _configure_logs() -> None:
+    """One JSON object a line on standard error, our own and the libraries'."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.processors.JSONRenderer()],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=structlog.processors.JSONRenderer())
+    )
+    logging.basicConfig(level=os.environ.get("EKIBEN_LOG_LEVEL", "WARNING").upper(), handlers=[handler])
+
+
+def _print_settings() -> None:
+    for name, field in Settings.model_fields.items():
+        default = field.default if field.default_factory is None else "(found)"
+        print(f"EKIBEN_{name.upper()}\n    {field.description}  [default: {default}]")
+
+
+def _print_openapi(settings: Settings) -> int:
+    """The document of an application that is made in a folder of its own and never started."""
+    with tempfile.TemporaryDirectory() as folder:
+        alone = settings.model_copy(update={"home": Path(folder), "database": None, "mlflow": False})
+        document = create_app(alone, port=Settings.model_fields["port"].default).fastapi.openapi()
+    print(json.dumps(document, indent=1, sort_keys=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,520 @@
+"""The API of docs/design.md §10: models, builds, deployments, kinds, tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Query, Request, Response
+from registry.kinds import Kinds
+from sqlalchemy import Connection, insert, select, update
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.responses import FileResponse, StreamingResponse
+from ulid import ULID
+
+from build_service import identity, intake, metrics, shapes, state, views
+from build_service.platform import Platform
+from build_service.reconciler import Reconciler
+from build_service.settings import Settings
+from registry import versions
+from registry.database import Database, now
+from registry.errors import EkibenError, UserError
+from registry.manifest import check_name
+from registry.signature import Signature
+from registry.store import ObjectStore
+
+_WAIT_POLL = 0.05  # seconds between two looks while a request waits
+_LONGEST_WAIT = 3600.0
+
+
+def _problem(status: int, description: str) -> dict[int | str, dict[str, Any]]:
+    schema = {
+        "type": "object",
+        "properties": {
+            name: {"type": "integer" if name == "status" else "string"}
+            for name in ("type", "title", "status", "code", "detail", "field", "hint")
+        },
+        "required": ["type", "title", "status", "code", "detail"],
+    }
+    return {status: {"description": description, "content": {"application/problem+json": {"schema": schema}}}}
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    **_problem(400, "Malformed"),
+    **_problem(401, "No valid token"),
+    **_problem(403, "Not allowed"),
+    **_problem(404, "Not found"),
+    **_problem(409, "Conflict"),
+    **_problem(413, "Too large"),
+    **_problem(415, "Not a form"),
+    **_problem(421, "Foreign host"),
+    **_problem(422, "Invalid"),
+    **_problem(507, "Disk full"),
+}
+
+
+class Service:
+    """What the endpoints work with; made once by `create_app`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        store: ObjectStore,
+        kinds: Kinds,
+        platform: Platform,
+        reconciler: Reconciler,
+        links: Callable[[], views.Links],
+    ) -> None:
+        self.settings, self.database, self.store, self.kinds = settings, database, store, kinds
+        self.platform, self.reconciler, self._links = platform, reconciler, links
+
+    @property
+    def links(self) -> views.Links:
+        return self._links()
+
+    def intake(self) -> intake.Intake:
+        settings = self.settings
+        limits = intake.Limits(
+            settings.max_upload, settings.max_files, settings.max_field, settings.min_free_disk, settings.root
+        )
+        return intake.Intake(self.store, self.kinds, limits)
+
+    def live_signature(self, name: str) -> Signature | None:
+        """Signature of the version that a deployment of this name serves."""
+        with self.database.read() as connection:
+            deployed = state.deployment(connection, name)
+            if deployed is None or deployed.live is None:
+                return None
+            version = versions.by_id(connection, state.revision(connection, name, deployed.live).version_id)
+        return Signature.from_json(version.signature) if version.signature else None
+
+    def register(self, upload: intake.Upload) -> tuple[shapes.VersionView, bool]:
+        """The version's row, its build and, if asked for, the deployment's new target: one transaction."""
+        manifest = upload.manifest
+        with self.database.write() as connection:
+            row, new = versions.create(
+                connection,
+                name=upload.name,
+                digest=manifest.digest,
+                kind=manifest.kind,
+                format=manifest.format,
+                size=manifest.size,
+                location=upload.location,
+                manifest=manifest.to_json(),
+                signature=upload.signature.to_json() if upload.signature else None,
+                labels=upload.labels,
+                upload_seconds=upload.seconds,
+            )
+            if new:
+                state.enqueue(connection, "version", {"version_id": row.id})
+                state.record(
+                    connection, f"model/{row.name}", "Uploaded",
+                    f"Version {row.number} ({row.kind}, {row.size} bytes) was uploaded.",
+                )  # fmt: skip
+            build = self.submit_build(connection, row, None)
+            if upload.deploy:
+                self._target(connection, row.name, row, build)
+            view = views.version(connection, row, self.links)
+        if not new:
+            self.store.delete(upload.location)
+        metrics.UPLOADS.labels("created" if new else "existing").inc()
+        self.reconciler.wake()
+        return view, new
+
+    def submit_build(self, connection: Connection, row: versions.Version, image: dict[str, Any] | None) -> state.Build:
+        kind = self.kinds.named(row.kind)
+        whole = identity.of_build(row, kind.digest, image)
+        return state.submit_build(connection, identity.build_id(whole), whole, row.id, image)
+
+    def _target(self, connection: Connection, name: str, row: versions.Version, build: state.Build) -> None:
+        """A new upload takes over a deployment of its name as it is set up; else it makes one."""
+        current = state.deployment(connection, name)
+        values: dict[str, Any] = {}
+        if current is None:
+            values = {"replicas": 1, "resources": {}, "strategy": "rolling"}
+        state.target(connection, name, row.id, build.id, **values)
+
+    def version_view(self, name: str, number: int) -> shapes.VersionView:
+        with self.database.read() as connection:
+            return views.version(connection, versions.find(connection, name, number), self.links)
+
+    def deployment_view(self, connection: Connection, row: state.Deployment) -> shapes.DeploymentView:
+        return views.deployment(connection, row, self.platform.observe(row.name).ready, self.links)
+
+
+def router(service: Service) -> APIRouter:
+    """All endpoints. They are `def` where they only ask the database: FastAPI runs those in threads."""
+    api = APIRouter(responses=_ERRORS)
+    database = service.database
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    upload_body = {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["file"],
+                        "properties": {
+                            "file": {
+                                "type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
+                                "description": "The model's files, or one archive.",
+                            },
+                            "name": {"type": "string", "maxLength": 40, "description": "Default: the file's stem."},
+                            "kind": {"type": "string", "description": "Default: found from the content."},
+                            "sample": {"type": "string", "description": "JSON: rows, or a request body."},
+                            "expected": {"type": "string", "description": "JSON: the outputs of the sample."},
+                            "requirements": {"type": "string", "description": "requirements.txt, pylock.toml, uv.lock"},
+                            "python": {"type": "string"},
+                            "labels": {"type": "string", "description": "JSON object, or key=value,…"},
+                            "deploy": {"type": "string", "enum": ["true", "false"], "default": "true"},
+                            "force": {"type": "string", "enum": ["true", "false"], "default": "false"},
+                        },
+                    }
+                },
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            },
+        }
+    }  # fmt: skip
+
+    @api.post(
+        "/models", status_code=201, tags=["models"], openapi_extra=upload_body, operation_id="upload_model",
+        responses={200: {"model": shapes.VersionView, "description": "The same content was already there"}},
+    )  # fmt: skip
+    async def upload(
+        request: Request,
+        response: Response,
+        wait: Annotated[float, Query(ge=0, le=_LONGEST_WAIT, description="Seconds to hold the answer.")] = 0,
+    ) -> shapes.VersionView:
+        """Upload a model: multipart form, or a raw body with ?name=&filename=. Answers before it is built, unless
+        ?wait= is given."""
+        taken = service.intake()
+        declared = request.headers.get("content-length", "")
+        try:
+            await intake.receive(
+                taken,
+                request.stream(),
+                request.headers.get("content-type", ""),
+                dict(request.query_params),
+                int(declared) if declared.isdigit() else None,
+                service.settings.max_upload,
+            )
+            complete = await run_in_threadpool(taken.finish, service.live_signature, service.settings.allow_code)
+            view, new = await run_in_threadpool(service.register, complete)
+        except BaseException as error:
+            # A cancelled request or a client that went away too: nothing of it stays.
+            await asyncio.shield(run_in_threadpool(taken.discard))
+            metrics.UPLOADS.labels("refused" if isinstance(error, EkibenError) else "cut").inc()
+            raise
+        response.status_code = 201 if new else 200
+        if wait:
+            view = await _settled(service, view, wait, deployed=complete.deploy)
+        return view
+
+    @api.get("/models", tags=["models"])
+    def models() -> shapes.Page[shapes.ModelView]:
+        with database.read() as connection:
+            items = [views.model(connection, name, service.links) for name in versions.names(connection)]
+        return shapes.Page(items=items)
+
+    @api.get("/models/{name}", tags=["models"])
+    def model_versions(name: str) -> shapes.Page[shapes.VersionView]:
+        with database.read() as connection:
+            rows = versions.of_model(connection, name)
+            if not rows:
+                versions.find(connection, name, 0)
+            return shapes.Page(items=[views.version(connection, row, service.links) for row in rows])
+
+    @api.get("/models/{name}/versions/{number}", tags=["models"])
+    def model_version(name: str, number: int) -> shapes.VersionView:
+        return service.version_view(name, _positive(number))
+
+    @api.get("/models/{name}/versions/{number}/files/{path:path}", tags=["models"], response_class=FileResponse)
+    def model_file(name: str, number: int, path: str) -> Response:
+        with database.read() as connection:
+            row = versions.find(connection, name, _positive(number))
+        known = {file["path"]: file for file in row.manifest["files"]}
+        if path not in known:
+            raise UserError(
+                "file_not_found", f"{row.title} has no file {path[:200]!r}.", field="path",
+                hint=f"GET /models/{name}/versions/{number} lists its files.", status=404,
+            )  # fmt: skip
+        stream = service.store.open(f"{row.location}/files/{path}")
+
+        def chunks() -> Iterator[bytes]:
+            with closing(stream):
+                while chunk := stream.read(1 << 20):
+                    yield chunk
+
+        headers = {
+            "Content-Length": str(known[path]["size"]),
+            "ETag": f'"sha256:{known[path]["sha256"]}"',
+            "X-Content-Type-Options": "nosniff",
+            "Content-Disposition": "attachment",
+        }
+        return StreamingResponse(chunks(), media_type="application/octet-stream", headers=headers)
+
+    @api.delete("/models/{name}/versions/{number}", status_code=204, tags=["models"])
+    def delete_version(name: str, number: int) -> None:
+        with database.write() as connection:
+            row = versions.find(connection, name, _positive(number))
+            _refuse_if_used(connection, row)
+            versions.mark_deleted(connection, row.id)
+            state.enqueue(connection, "delete", {"version_id": row.id})
+        service.store.delete(row.location)
+
+    @api.delete("/models/{name}", status_code=204, tags=["models"])
+    def delete_model(name: str) -> None:
+        with database.write() as connection:
+            rows = versions.of_model(connection, name)
+            if not rows:
+                versions.find(connection, name, 0)
+            for row in rows:
+                _refuse_if_used(connection, row)
+            for row in rows:
+                versions.mark_deleted(connection, row.id)
+                state.enqueue(connection, "delete", {"version_id": row.id})
+        for row in rows:
+            service.store.delete(row.location)
+
+    @api.post("/models/{name}/versions/{number}/builds", status_code=202, tags=["builds"])
+    def submit_build(
+        name: str, number: int, wanted: Annotated[shapes.BuildRequest | None, Body()] = None
+    ) -> shapes.BuildView:
+        """Build a version, or make its image. An equal build is joined."""
+        image = identity.image_order(service.settings, wanted.image) if wanted and wanted.image else None
+        with database.write() as connection:
+            row = versions.find(connection, name, _positive(number))
+            made = service.submit_build(connection, row, image)
+            view = views.build(connection, made, service.links)
+        service.reconciler.wake()
+        return view
+
+    # --- builds -----------------------------------------------------------------------------------------------------
+
+    @api.get("/builds", tags=["builds"])
+    def builds(
+        after: Annotated[float | None, Query(description="`next` of the page before.")] = None,
+        limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    ) -> shapes.Page[shapes.BuildView]:
+        with database.read() as connection:
+            rows = state.builds_page(connection, after, limit)
+            items = [views.build(connection, row, service.links) for row in rows]
+        return shapes.Page(items=items, next=repr(rows[-1].created) if len(rows) == limit else None)
+
+    @api.get("/builds/{build_id}", tags=["builds"])
+    def build(build_id: str) -> shapes.BuildView:
+        with database.read() as connection:
+            return views.build(connection, state.build(connection, build_id), service.links)
+
+    @api.get("/builds/{build_id}/logs", tags=["builds"], response_class=StreamingResponse)
+    def build_logs(build_id: str, follow: bool = False) -> Response:
+        with database.read() as connection:
+            state.build(connection, build_id)
+        return _lines(service.platform.build_log(build_id, follow=follow))
+
+    @api.post("/builds/{build_id}/cancel", tags=["builds"])
+    def cancel_build(build_id: str) -> shapes.BuildView:
+        with database.write() as connection:
+            view = views.build(connection, state.cancel_build(connection, build_id), service.links)
+        service.reconciler.wake()
+        return view
+
+    # --- deployments ------------------------------------------------------------------------------------------------
+
+    @api.get("/deployments", tags=["deployments"])
+    def deployments() -> shapes.Page[shapes.DeploymentView]:
+        with database.read() as connection:
+            rows = state.all_deployments(connection)
+            return shapes.Page(items=[service.deployment_view(connection, row) for row in rows])
+
+    @api.put("/deployments/{name}", tags=["deployments"])
+    def put_deployment(name: str, wanted: shapes.DeploymentRequest) -> shapes.DeploymentView:
+        """Serve a version under a name. Traffic moves once its golden sample passes."""
+        check_name(name)
+        with database.write() as connection:
+            row = versions.find(connection, wanted.model or name, wanted.version)
+            made = service.submit_build(connection, row, None)
+            state.target(
+                connection,
+                name,
+                row.id,
+                made.id,
+                replicas=wanted.replicas,
+                resources=wanted.resources.model_dump(exclude_none=True),
+                strategy=wanted.strategy,
+            )
+            if wanted.default:
+                state.make_default(connection, name)
+            view = service.deployment_view(connection, state.need_deployment(connection, name))
+        service.reconciler.wake()
+        return view
+
+    @api.get("/deployments/{name}", tags=["deployments"])
+    def deployment(name: str) -> shapes.DeploymentView:
+        with database.read() as connection:
+            return service.deployment_view(connection, state.need_deployment(connection, name))
+
+    @api.get("/deployments/{name}/revisions", tags=["deployments"])
+    def revisions(name: str) -> shapes.Page[shapes.RevisionView]:
+        with database.read() as connection:
+            state.need_deployment(connection, name)
+            items = [views.revision(connection, row) for row in state.revisions_of(connection, name)]
+        return shapes.Page(items=items)
+
+    @api.get("/deployments/{name}/events", tags=["deployments"])
+    def events(name: str) -> shapes.Page[shapes.EventView]:
+        with database.read() as connection:
+            state.need_deployment(connection, name)
+            items = [views.event(row) for row in state.events_of(connection, f"deployment/{name}")]
+        return shapes.Page(items=items)
+
+    @api.get("/deployments/{name}/logs", tags=["deployments"], response_class=StreamingResponse)
+    def deployment_logs(name: str, follow: bool = False) -> Response:
+        with database.read() as connection:
+            state.need_deployment(connection, name)
+        return _lines(service.platform.serving_log(name, follow=follow))
+
+    @api.post("/deployments/{name}/rollback", tags=["deployments"])
+    def rollback(name: str, wanted: Annotated[shapes.RollbackRequest | None, Body()] = None) -> shapes.DeploymentView:
+        """A new revision that points at an older build: nothing is rebuilt."""
+        with database.write() as connection:
+            row = state.need_deployment(connection, name)
+            old = _rollback_target(connection, row, wanted.revision if wanted else None)
+            version = versions.by_id(connection, old.version_id)
+            if version.deleted is not None:
+                raise UserError(
+                    "version_deleted", f"Revision {old.number} served {version.title}, which was deleted.",
+                    field="revision", status=409,
+                )  # fmt: skip
+            made = state.target(connection, name, old.version_id, old.build_id, rollback_of=row.live or row.desired)
+            state.record(
+                connection, f"deployment/{name}", "RollbackAsked",
+                f"Revision {made.number} returns to {version.title} of revision {old.number}.",
+            )  # fmt: skip
+            view = service.deployment_view(connection, state.need_deployment(connection, name))
+        service.reconciler.wake()
+        return view
+
+    @api.delete("/deployments/{name}", status_code=204, tags=["deployments"])
+    def delete_deployment(name: str) -> None:
+        with database.write() as connection:
+            state.delete_deployment(connection, name)
+        service.reconciler.wake()
+
+    # --- the rest ---------------------------------------------------------------------------------------------------
+
+    @api.get("/kinds", tags=["kinds"])
+    def kinds() -> shapes.Page[shapes.KindView]:
+        items = [
+            shapes.KindView(
+                name=kind.name,
+                title=kind.title,
+                description=kind.description,
+                generic=kind.generic,
+                formats=list(kind.formats),
+                device=kind.device,
+            )
+            for kind in service.kinds
+        ]
+        return shapes.Page(items=items)
+
+    @api.post("/tokens", status_code=201, tags=["tokens"])
+    def make_token(wanted: shapes.TokenRequest) -> shapes.TokenView:
+        token = f"ekb_{secrets.token_urlsafe(32)}"
+        values = {"id": str(ULID()), "name": wanted.name, "sha256": hashlib.sha256(token.encode()).hexdigest()}
+        with database.write() as connection:
+            row = connection.execute(insert(state.tokens).values(**values).returning(state.tokens)).one()
+        return shapes.TokenView(
+            id=row.id, name=row.name, created=views.stamp(row.created) or "", revoked=False, token=token
+        )
+
+    @api.get("/tokens", tags=["tokens"])
+    def tokens() -> shapes.Page[shapes.TokenView]:
+        with database.read() as connection:
+            rows = connection.execute(select(state.tokens).order_by(state.tokens.c.created)).all()
+        items = [
+            shapes.TokenView(
+                id=row.id, name=row.name, created=views.stamp(row.created) or "", revoked=row.revoked is not None
+            )
+            for row in rows
+        ]
+        return shapes.Page(items=items)
+
+    @api.delete("/tokens/{token_id}", status_code=204, tags=["tokens"])
+    def revoke_token(token_id: str) -> None:
+        with database.write() as connection:
+            done = connection.execute(update(state.tokens).where(state.tokens.c.id == token_id).values(revoked=now()))
+            if done.rowcount == 0:
+                raise UserError("token_not_found", f"There is no token {token_id[:40]!r}.", field="id", status=404)
+
+    return api
+
+
+async def _settled(service: Service, view: shapes.VersionView, wait: float, *, deployed: bool) -> shapes.VersionView:
+    """The version once nothing more happens to it, or as it is when the time is up."""
+    final = views.FINAL if deployed else views.FINAL | {"built"}
+    until = time.monotonic() + wait
+    while view.state not in final and time.monotonic() < until:
+        await asyncio.sleep(_WAIT_POLL)
+        view = await run_in_threadpool(service.version_view, view.model, view.version)
+    return view
+
+
+def _positive(number: int) -> int:
+    if not 1 <= number <= 2**31 - 1:
+        raise UserError("bad_version", f"{number} is no version: versions count from 1.", field="version")
+    return number
+
+
+def _refuse_if_used(connection: Connection, row: versions.Version) -> None:
+    """What a live or wanted revision needs is never deleted."""
+    for deployed in state.all_deployments(connection):
+        for number in {deployed.live, deployed.desired} - {None}:
+            if state.revision(connection, deployed.name, int(number or 0)).version_id == row.id:
+                raise UserError(
+                    "version_in_use",
+                    f"{row.title} is what the deployment {deployed.name!r} serves.",
+                    field="version",
+                    hint=f"Deploy another version first, or: ekiben rm --deployment {deployed.name}",
+                    status=409,
+                )
+
+
+def _rollback_target(connection: Connection, row: state.Deployment, number: int | None) -> state.Revision:
+    if number is not None:
+        wanted = state.revision(connection, row.name, number)
+        if wanted.live_since is None:
+            raise UserError(
+                "revision_never_live", f"Revision {number} of {row.name!r} was never live.", field="revision",
+                hint=f"GET /deployments/{row.name}/revisions tells which were.", status=409,
+            )  # fmt: skip
+        return wanted
+    current = state.revision(connection, row.name, row.live or row.desired)
+    before = state.previous_good(connection, row.name, current.number, current.version_id)
+    if before is None:
+        raise UserError(
+            "nothing_to_roll_back_to", f"No other version of {row.name!r} was ever live.", field="name",
+            hint=f"GET /deployments/{row.name}/revisions lists what there is.", status=409,
+        )  # fmt: skip
+    return before
+
+
+def _lines(source: Iterator[str]) -> StreamingResponse:
+    async def chunks() -> Any:
+        async for line in iterate_in_threadpool(source):
+            # An empty line of no content is a heartbeat: nothing is sent, but a client that left is noticed.
+            if line:
+                yield (line + "\n").encode()
+
+    return StreamingResponse(
+        chunks(), media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"}
+    )

@@ -1,0 +1,234 @@
+"""The composition root: settings in, a running service out. Nothing else makes parts and wires them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from registry.kinds import Kinds
+from sqlalchemy import select
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+from build_service import api, guard, problems, state, views
+from build_service.local import LocalPlatform
+from build_service.projection import Projection
+from build_service.reconciler import Reconciler
+from build_service.router import PREFIX, Router
+from build_service.routes import RouteTable
+from build_service.settings import Settings
+from registry import versions
+from registry.database import Database
+from registry.errors import EkibenError
+from registry.store import DirectoryStore
+
+log = structlog.get_logger(__name__)
+
+STATE_FORMAT = 1  # of the state folder; a service refuses a folder of a newer one
+VERSION = "0.1.0"
+
+
+@dataclass
+class Application:
+    """The ASGI application, and what must be ended when it ends."""
+
+    asgi: guard.ASGI
+    fastapi: FastAPI
+    closers: list[Callable[[], None]] = field(default_factory=list)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        await self.asgi(scope, receive, send)
+
+
+def create_app(settings: Settings, *, port: int) -> Application:
+    """The service with its parts; they start with the application's lifespan. `port` is where it listens."""
+    root = settings.root
+    lock = _claim(root)
+    database = Database(settings.database_url)
+    database.create()
+    store = DirectoryStore(root / "objects")
+    kinds = Kinds.load(settings.kinds)
+    links = views.Links(settings.public_url or f"http://localhost:{port}")
+    owner = uuid.uuid4().hex
+    _recover(settings, database, store, owner)
+
+    routes = RouteTable()
+    waker: list[Callable[[], None]] = []
+    platform = LocalPlatform(settings, store, routes, lambda: waker[0]() if waker else None)
+    reconciler = Reconciler(settings, database, platform, owner)
+    waker.append(reconciler.wake)
+    projection = Projection(database, root, root / "objects", settings.tracking_uri) if settings.mlflow else None
+    inference = Router(
+        routes,
+        lookup=lambda name: _lookup(database, name),
+        pending=lambda name: _pending(database, name),
+        body_limit=settings.inference_body,
+        seconds=settings.inference_seconds,
+    )
+    service = api.Service(settings, database, store, kinds, platform, reconciler, lambda: links)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await inference.start()
+        reconciler.start()
+        if projection is not None:
+            projection.start()
+        log.info("service is up", url=links.base, home=str(root))
+        try:
+            yield
+        finally:
+            reconciler.close()
+            if projection is not None:
+                projection.close()
+            platform.close()
+            await inference.close()
+            database.close()
+            os.close(lock)
+
+    app = FastAPI(
+        title="Ekiben",
+        version=VERSION,
+        description="Hand it a trained model; it hands you back a running, versioned endpoint.",
+        lifespan=lifespan,
+        openapi_tags=[{"name": name} for name in ("models", "builds", "deployments", "kinds", "tokens", "system")],
+    )
+    problems.install(app)
+    app.include_router(api.router(service))
+    _system_routes(app, database, root)
+
+    async def dispatch(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        path = scope.get("path", "")
+        if scope["type"] == "http" and (path == PREFIX or path.startswith(PREFIX + "/")):
+            await inference(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    hosts = set(settings.allowed_hosts)
+    if settings.public_url:
+        hosts.add(urlsplit(settings.public_url).hostname or "")
+    policy = guard.Policy(
+        hosts=frozenset(host.lower() for host in hosts),
+        cors=frozenset(settings.cors_origins),
+        tokens=_valid_tokens(settings, database),
+    )
+    return Application(guard.Guard(dispatch, policy), app)
+
+
+def _system_routes(app: FastAPI, database: Database, root: Path) -> None:
+    @app.get("/livez", tags=["system"], response_class=PlainTextResponse)
+    def livez() -> str:
+        return "ok\n"
+
+    @app.get("/readyz", tags=["system"], response_class=PlainTextResponse)
+    def readyz() -> str:
+        with database.read() as connection:
+            connection.execute(select(1))
+        return "ok\n"
+
+    @app.get("/metrics", tags=["system"], response_class=PlainTextResponse)
+    def metrics() -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version", tags=["system"])
+    def version() -> dict[str, str]:
+        return {"version": VERSION, "home": str(root)}
+
+    @app.get("/", include_in_schema=False)
+    def index() -> Response:
+        return RedirectResponse("/docs")
+
+
+def _claim(root: Path) -> int:
+    """This service's hold on the state folder: one service a folder, and none of an older Ekiben on a newer one."""
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise EkibenError(
+            "home_in_use",
+            f"Another Ekiben service works with the state folder {root}.",
+            hint="Stop it (ekiben down), or give this one a folder of its own: EKIBEN_HOME=…",
+        ) from None
+    marker = root / "format"
+    if marker.exists():
+        text = marker.read_text().strip()
+        if not text.isdigit() or int(text) > STATE_FORMAT:
+            os.close(lock)
+            raise EkibenError(
+                "state_too_new",
+                f"The state folder {root} has format {text[:20]!r}; this Ekiben knows formats up to {STATE_FORMAT}.",
+                hint="Use the newer Ekiben that wrote it, or another folder: EKIBEN_HOME=…",
+            )
+    else:
+        marker.write_text(f"{STATE_FORMAT}\n")
+    return lock
+
+
+def _recover(settings: Settings, database: Database, store: DirectoryStore, owner: str) -> None:
+    """What an earlier service left unfinished: uploads without a version go, work under its lease is free again."""
+    store.sweep_unfinished()
+    with database.write() as connection:
+        state.release_builds(connection, owner)
+        state.release_deployments(connection, settings.ready_seconds)
+        known = versions.locations(connection)
+    models = store.root / "models"
+    for folder in models.iterdir() if models.exists() else ():
+        if f"models/{folder.name}" not in known:
+            store.delete(f"models/{folder.name}")
+    for work in (settings.root / "builds").glob("*/work"):
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _lookup(database: Database, name: str | None) -> str | None:
+    with database.read() as connection:
+        found = state.default_deployment(connection) if name is None else state.deployment(connection, name)
+    return None if found is None else found.name
+
+
+def _pending(database: Database, name: str) -> EkibenError:
+    """Why an endpoint does not answer yet."""
+    with database.read() as connection:
+        row = state.deployment(connection, name)
+        build = state.build(connection, state.revision(connection, name, row.desired).build_id) if row else None
+    if row is not None and row.live is not None:
+        return EkibenError(
+            "deployment_unavailable",
+            f"No process of {name!r} answers at the moment; they are being started.",
+            hint=f"Try again in a moment; GET /deployments/{name} tells more.",
+            status=503,
+        )
+    if row is not None and row.state == "failed":
+        return EkibenError("deployment_failed", f"{name!r} is not live: {row.reason}", hint=row.hint, status=503)
+    where = f"its build is {build.state}" + (f" ({build.stage})" if build and build.stage else "") if build else "new"
+    return EkibenError(
+        "deployment_pending",
+        f"{name!r} is not live yet: {where}.",
+        hint=f"Try again in a moment; GET /deployments/{name} tells how far it is.",
+        status=503,
+    )
+
+
+def _valid_tokens(settings: Settings, database: Database) -> Callable[[], frozenset[str]] | None:
+    if settings.token is None:
+        return None
+    first = hashlib.sha256(settings.token.encode()).hexdigest()
+
+    def valid() -> frozenset[str]:
+        with database.read() as connection:
+            rows = connection.execute(select(state.tokens.c.sha256).where(state.tokens.c.revoked.is_(None)))
+            return frozenset((first, *rows.scalars()))
+
+    return valid

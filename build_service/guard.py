@@ -1,0 +1,150 @@
+"""Who may come in: browser safety and tokens, before anything else sees a request.
+
+A web page can post a form to localhost and a DNS name can be rebound to it, so even on loopback the Host must be one of
+ours and writes with a foreign Origin are refused. Elsewhere every request needs a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+
+from build_service.problems import problem_response
+from registry.errors import EkibenError, UserError
+
+ASGI = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
+
+log = structlog.get_logger(__name__)
+
+_LOOPBACK_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]", "::1"))
+_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
+_OPEN_PATHS = frozenset(("/livez", "/readyz"))  # probes carry no token
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_LONGEST_HEADERS = 32 * 1024
+_LONGEST_PATH = 8 * 1024
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`hosts`: names besides loopback's that may stand in Host. `cors`: origins that may call /inference."""
+
+    hosts: frozenset[str]
+    cors: frozenset[str]
+    tokens: Callable[[], frozenset[str]] | None  # SHA-256 of valid tokens; None: no token is needed
+
+
+class Guard:
+    def __init__(self, app: ASGI, policy: Policy) -> None:
+        self._app, self._policy = app, policy
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no websockets yet
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        headers = {key.lower(): value for key, value in scope["headers"]}
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        inference = scope["path"].startswith("/inference")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        cors = self._cors_headers(origin) if inference else []
+        status, started = 0, time.perf_counter()
+
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (b"x-request-id", request_id.encode()), *cors],
+                }
+            await send(message)
+
+        try:
+            self._check(scope, headers, origin, inference)
+        except EkibenError as error:
+            await problem_response(error)(scope, receive, answer)
+        else:
+            if cors and scope["method"] == "OPTIONS":
+                await answer({"type": "http.response.start", "status": 204, "headers": []})
+                await answer({"type": "http.response.body", "body": b""})
+            else:
+                await self._app(scope, receive, answer)
+        if not inference or status >= 500:
+            log.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                seconds=round(time.perf_counter() - started, 4),
+            )
+
+    def _check(
+        self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes], origin: str, inference: bool
+    ) -> None:
+        if sum(len(key) + len(value) for key, value in scope["headers"]) > _LONGEST_HEADERS:
+            raise UserError("headers_too_large", "The request's headers are too large.", status=431)
+        if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > _LONGEST_PATH:
+            raise UserError("path_too_long", "The request's path is too long.", status=414)
+        host = _host_name(headers.get(b"host", b"").decode("latin-1"))
+        if host not in _LOOPBACK_HOSTS and host not in self._policy.hosts:
+            raise UserError(
+                "foreign_host",
+                f"The Host {host[:100]!r} is not one of this service.",
+                hint="Call it by localhost, or name the host in EKIBEN_ALLOWED_HOSTS.",
+                status=421,
+            )
+        foreign = bool(origin) and not self._same_origin(origin, headers)
+        allowed = inference and origin in self._policy.cors
+        if foreign and not allowed and scope["method"] not in _SAFE_METHODS:
+            raise UserError(
+                "foreign_origin",
+                f"A page of {origin[:100]!r} may not write to this service.",
+                hint="Inference from web pages: name the origin in EKIBEN_CORS_ORIGINS.",
+                status=403,
+            )
+        if self._policy.tokens is not None and scope["path"] not in _OPEN_PATHS:
+            scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+            digest = hashlib.sha256(token.strip().encode()).hexdigest()
+            known = [hmac.compare_digest(digest, valid) for valid in self._policy.tokens()]
+            if scheme.lower() != "bearer" or not any(known):
+                raise UserError(
+                    "unauthorized",
+                    "This service needs a valid token.",
+                    hint="Send Authorization: Bearer TOKEN, or: ekiben login URL",
+                    status=401,
+                )
+
+    def _same_origin(self, origin: str, headers: dict[bytes, bytes]) -> bool:
+        parts = urlsplit(origin)
+        return parts.scheme in ("http", "https") and parts.netloc == headers.get(b"host", b"").decode("latin-1")
+
+    def _cors_headers(self, origin: str) -> list[tuple[bytes, bytes]]:
+        if not origin or origin not in self._policy.cors:
+            return []
+        return [
+            (b"access-control-allow-origin", origin.encode("latin-1")),
+            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (b"access-control-allow-headers", b"content-type, authorization"),
+            (b"vary", b"Origin"),
+        ]
+
+
+def _host_name(host: str) -> str:
+    """The name of a Host header without its port."""
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0].lower()

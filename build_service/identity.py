@@ -1,0 +1,69 @@
+"""What makes two builds the same build."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version as installed
+from typing import Any
+
+from build_service.settings import Settings
+from build_service.shapes import ImageRequest
+from registry import digest
+from registry.errors import UserError
+from registry.versions import Version
+
+FORMAT = 1  # of what a build leaves behind; raised when equal inputs would give other results
+
+
+def of_build(version: Version, kind_digest: str, image: dict[str, Any] | None) -> str:
+    """Digest of everything that a build's result depends on."""
+    return digest.of_json(
+        {
+            "format": FORMAT,
+            "version": version.digest,
+            "kind": kind_digest,
+            "lock": digest.of_bytes(version.lock.encode()) if version.lock and image else None,
+            "image": image,
+            "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+            "uv": installed("uv"),
+            "bentoml": installed("bentoml"),
+        }
+    )
+
+
+def build_id(identity: str) -> str:
+    return "b-" + identity.removeprefix("sha256:")[:20]
+
+
+def image_order(settings: Settings, wanted: ImageRequest) -> dict[str, Any]:
+    """The `image` of a build spec."""
+    if wanted.push is None and wanted.output is None:
+        raise UserError(
+            "image_goes_nowhere",
+            "An image needs a registry to be pushed to or a file to be written.",
+            field="image",
+            hint="ekiben image NAME --push HOST/REPOSITORY:TAG, or --output image.tar",
+        )
+    if wanted.output is not None and not settings.loopback:
+        raise UserError(
+            "output_not_allowed",
+            "Files on the server's machine are written only for callers on that machine.",
+            field="image.output",
+            hint="Push the image to a registry instead.",
+            status=403,
+        )
+    base = settings.root / "bases" / f"{wanted.base or 'default'}.toml"
+    if not base.exists():
+        raise UserError(
+            "base_missing",
+            f"There is no base image {wanted.base or 'default'!r} here yet.",
+            field="image.base",
+            hint="ekiben base import IMAGE_OR_LAYOUT copies one in, once.",
+        )
+    return {
+        "base": str(base),
+        "platform": wanted.platform,
+        "push": {"ref": wanted.push.ref, "insecure": wanted.push.insecure, "ca": None} if wanted.push else None,
+        "output": wanted.output,
+        "compression": wanted.compression,
+    }

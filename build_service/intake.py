@@ -1,0 +1,543 @@
+"""Uploads: from the first byte of a request to a version with its manifest, in constant memory.
+
+A body is parsed and hashed as it arrives, in a worker thread, a mebibyte at a time; files go straight to the object
+store under a fresh prefix. The manifest is written last. Whatever fails before leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import python_multipart
+from python_multipart.exceptions import FormParserError
+from registry.kinds import Kinds
+from starlette.concurrency import run_in_threadpool
+from ulid import ULID
+
+from build_service import metrics
+from registry import archive, digest, formats, signature
+from registry.errors import EkibenError, InfrastructureError, UserError
+from registry.manifest import Attachment, File, Manifest, check_name, check_path, collision_key, name_from_filename
+from registry.store import ObjectStore, Writer
+
+_BATCH = 1024 * 1024  # bytes handed to the worker thread at a time
+_CHUNK = 1024 * 1024
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
+_PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+FILE_FIELDS = ("file",)
+# Small texts that may come as a field or as a file.
+TEXT_FIELDS = ("name", "kind", "sample", "expected", "requirements", "python", "labels", "deploy", "force")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes and counts that one upload may have; bytes that must stay free on the disk of `folder`."""
+
+    upload: int
+    files: int
+    field: int
+    min_free_disk: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A complete upload: its objects and manifest are stored under `location`."""
+
+    location: str
+    name: str
+    manifest: Manifest
+    signature: signature.Signature | None
+    labels: dict[str, str]
+    deploy: bool
+    force: bool
+    seconds: float
+
+
+@dataclass
+class _Text:
+    value: bytearray = field(default_factory=bytearray)
+    filename: str | None = None
+
+
+class Intake:
+    """Takes one upload. Used from one worker thread at a time."""
+
+    def __init__(self, store: ObjectStore, kinds: Kinds, limits: Limits) -> None:
+        self._store, self._kinds, self._limits = store, kinds, limits
+        self.location = f"models/{ULID()}"
+        self._files: list[File] = []
+        self._paths: dict[str, str] = {}
+        self._texts: dict[str, _Text] = {}
+        self._writer: Writer | None = None
+        self._hash = hashlib.sha256()
+        self._path = ""
+        self._size = 0
+        self._total = 0
+        self._started = time.monotonic()
+        self._filename: str | None = None
+
+    # --- what arrives -----------------------------------------------------------------------------------------------
+
+    def begin_file(self, filename: str) -> None:
+        path = filename.replace("\\", "/") if ":" in filename[:3] else filename
+        check_path(path, code="bad_filename", field="file")
+        self._open(path)
+        self._filename = self._filename or path
+
+    def _open(self, path: str) -> None:
+        key = collision_key(path)
+        if key in self._paths:
+            raise UserError(
+                "duplicate_file",
+                f"The upload has the file {path!r} twice (upper and lower case count as equal).",
+                field="file",
+                hint="Give each file a name of its own.",
+            )
+        if len(self._files) >= self._limits.files:
+            raise UserError(
+                "too_many_files",
+                f"The upload has more than {self._limits.files} files.",
+                field="file",
+                hint="Raise EKIBEN_MAX_FILES, or pack small files together.",
+                status=413,
+            )
+        self._paths[key] = path
+        self._path, self._size, self._hash = path, 0, hashlib.sha256()
+        self._writer = self._store.writer(f"{self.location}/files/{path}")
+
+    def write(self, data: bytes | memoryview) -> None:
+        assert self._writer is not None
+        self._total += len(data)
+        if self._total > self._limits.upload:
+            raise _too_large(self._limits.upload)
+        self._check_disk(len(data))
+        self._hash.update(data)
+        self._writer.write(data)
+        self._size += len(data)
+
+    def end_file(self) -> None:
+        assert self._writer is not None
+        self._writer.commit()
+        self._writer = None
+        self._files.append(File(self._path, self._size, self._hash.hexdigest()))
+        metrics.UPLOADED_BYTES.inc(self._size)
+
+    def begin_text(self, name: str, filename: str | None) -> None:
+        if name not in TEXT_FIELDS:
+            raise UserError(
+                "unknown_field",
+                f"{name[:60]!r} is not a field of an upload.",
+                field=name[:60],
+                hint=f"Fields: file, {', '.join(TEXT_FIELDS)}.",
+            )
+        if name in self._texts:
+            raise UserError("repeated_field", f"The field {name!r} is given twice.", field=name)
+        self._texts[name] = _Text(filename=filename)
+
+    def write_text(self, name: str, data: bytes | memoryview) -> None:
+        text = self._texts[name]
+        if len(text.value) + len(data) > self._limits.field:
+            raise UserError(
+                "field_too_large",
+                f"The field {name!r} is larger than {self._limits.field} bytes.",
+                field=name,
+                hint="A sample of some 100 rows is enough; files of any size go into the field 'file'.",
+                status=413,
+            )
+        text.value.extend(data)
+
+    def _check_disk(self, coming: int) -> None:
+        free = shutil.disk_usage(self._limits.folder).free
+        if free - coming < self._limits.min_free_disk:
+            raise InfrastructureError(
+                "disk_full",
+                f"The disk of the state folder has {free // 2**20} MiB left.",
+                hint="Free some space, or point EKIBEN_HOME at a larger disk; then send the upload again.",
+                status=507,
+            )
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    def finish(self, compatible_with: Callable[[str], signature.Signature | None], allow_code: bool) -> Upload:
+        """Recognise, check, and store the manifest. `compatible_with(name)` is the signature of what is live."""
+        if not self._files:
+            raise UserError(
+                "missing_file",
+                "The upload has no file.",
+                field="file",
+                hint="curl -F file=@model.txt URL/models",
+            )
+        name = self._name()
+        self._expand_archive()
+        recognised = formats.recognise([(file.path, file.size) for file in self._files], self._open_stored)
+        kind = self._kinds.choose(recognised, self._text("kind"))
+        if kind.code and not allow_code:
+            raise UserError(
+                "run_code_not_allowed",
+                "This upload is a project with code of its own, which this service does not run.",
+                field="file",
+                hint="Upload the model alone, or let the operator set EKIBEN_RUN_CODE=true.",
+                status=403,
+            )
+        sample, expected = self._samples(kind.generic)
+        if recognised.signature is not None and sample is not None and kind.generic:
+            signature.check_sample(recognised.signature, sample)
+        force = self._flag("force", False)
+        if not force and recognised.signature is not None:
+            live = compatible_with(name)
+            if live is not None:
+                signature.check_compatible(live, recognised.signature)
+        labels = self._labels()
+        deploy = self._flag("deploy", True)
+        manifest = Manifest(
+            kind=kind.name,
+            format=recognised.format,
+            files=tuple(self._files),
+            sample=self._attach("sample.json", sample),
+            expected=self._attach("expected.json", expected),
+            requirements=self._requirements(),
+            python=self._python(),
+        )
+        writer = self._store.writer(f"{self.location}/manifest.json")
+        try:
+            writer.write(manifest.to_bytes())
+            writer.commit(if_absent=True)
+        finally:
+            writer.abort()
+        seconds = time.monotonic() - self._started
+        return Upload(self.location, name, manifest, recognised.signature, labels, deploy, force, seconds)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        if self._writer is not None:
+            self._writer.abort()
+        self._store.delete(self.location)
+
+    def _open_stored(self, path: str) -> BinaryIO:
+        return self._store.open(f"{self.location}/files/{path}")
+
+    def _name(self) -> str:
+        given = self._text("name")
+        if given is not None:
+            return check_name(given)
+        return name_from_filename((self._filename or "model").rpartition("/")[2])
+
+    def _expand_archive(self) -> None:
+        """One archive instead of files: its members take its place."""
+        if len(self._files) != 1:
+            return
+        only = self._files[0]
+        with self._open_stored(only.path) as stream:
+            packed = archive.detect(stream, only.path)
+        if packed is None:
+            return
+        self._files, self._paths = [], {}
+        self._filename = only.path
+        limits = archive.Limits(files=self._limits.files, bytes=self._limits.upload, packed=only.size)
+        self._total = 0
+        with self._open_stored(only.path) as stream:
+            for member in archive.members(stream, packed, limits, strip_top=True):
+                self._open(member.path)
+                for chunk in iter(lambda member=member: member.read(_CHUNK), b""):  # type: ignore[misc]
+                    self.write(chunk)
+                self.end_file()
+        if collision_key(only.path) not in self._paths:
+            self._store.delete(f"{self.location}/files/{only.path}")
+        if not self._files:
+            raise UserError("archive_empty", "The archive has no files.", field="file")
+
+    def _samples(self, generic: bool) -> tuple[Any, Any]:
+        """Sample and expected as request and response bodies; a sample file may carry its outputs along."""
+        sample, expected = self._json("sample"), self._json("expected")
+        if isinstance(sample, list):
+            sample = {"inputs": sample}
+        if isinstance(sample, dict) and generic:
+            for key in ("outputs", "expected"):
+                if key in sample and expected is None:
+                    expected = sample[key]
+            sample = {key: value for key, value in sample.items() if key not in ("outputs", "expected")}
+        if isinstance(expected, list):
+            expected = {"outputs": expected}
+        if sample is not None and not isinstance(sample, dict):
+            raise UserError(
+                "sample_does_not_fit",
+                "The sample is neither a list of rows nor a request body.",
+                field="sample",
+                hint='For instance [{"age": 31}] or {"inputs": [{"age": 31}]}.',
+            )
+        if expected is not None and sample is None:
+            raise UserError(
+                "expected_without_sample",
+                "There are expected values but no sample that they belong to.",
+                field="expected",
+                hint="Send the sample's rows in the field 'sample'.",
+            )
+        if sample is not None and generic:
+            rows = sample.get("inputs")
+            outputs = expected.get("outputs") if isinstance(expected, dict) else None
+            if isinstance(rows, list) and isinstance(outputs, list) and len(rows) != len(outputs):
+                raise UserError(
+                    "expected_does_not_fit",
+                    f"The sample has {len(rows)} rows and the expected values are {len(outputs)}.",
+                    field="expected",
+                )
+        return sample, expected
+
+    def _attach(self, filename: str, value: Any) -> Attachment | None:
+        if value is None:
+            return None
+        data = digest.canonical_json(value)
+        self._put(filename, data)
+        return Attachment(len(data), hashlib.sha256(data).hexdigest())
+
+    def _requirements(self) -> Attachment | None:
+        text = self._texts.get("requirements")
+        if text is None or not text.value.strip():
+            return None
+        filename = (text.filename or "requirements.txt").rpartition("/")[2]
+        if filename not in ("requirements.txt", "pylock.toml", "uv.lock"):
+            filename = "requirements.txt" if not filename.endswith(".toml") else "pylock.toml"
+        data = bytes(text.value)
+        self._put(f"requirements/{filename}", data)
+        return Attachment(len(data), hashlib.sha256(data).hexdigest(), filename)
+
+    def _put(self, path: str, data: bytes) -> None:
+        writer = self._store.writer(f"{self.location}/{path}")
+        try:
+            writer.write(data)
+            writer.commit()
+        finally:
+            writer.abort()
+
+    def _python(self) -> str | None:
+        text = self._text("python")
+        if text is not None and text not in _PYTHONS:
+            raise UserError(
+                "bad_python", f"{text!r} is no Python that models run on.", field="python",
+                hint=f"One of {', '.join(_PYTHONS)}.",
+            )  # fmt: skip
+        return text
+
+    def _labels(self) -> dict[str, str]:
+        """`labels` is a JSON object, or key=value pairs separated by commas."""
+        text = self._text("labels")
+        if text is None:
+            return {}
+        if text.lstrip().startswith("{"):
+            value = self._json("labels")
+        else:
+            pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+            value = {key.strip(): content.strip() for key, equals, content in pairs if equals}
+            if len(value) != len(pairs):
+                value = None
+        if not isinstance(value, dict) or len(value) > 64:
+            raise UserError(
+                "bad_labels", "The labels are no JSON object of at most 64 entries, nor key=value pairs.",
+                field="labels", hint='For instance labels={"team": "growth"} or labels=team=growth,stage=test.',
+            )  # fmt: skip
+        labels = {
+            str(key): content if isinstance(content, str) else json.dumps(content) for key, content in value.items()
+        }
+        if any(len(key) > 63 or len(content) > 255 for key, content in labels.items()):
+            raise UserError("bad_labels", "A label is longer than 63 (key) or 255 (value) characters.", field="labels")
+        return labels
+
+    def _text(self, name: str) -> str | None:
+        text = self._texts.get(name)
+        if text is None:
+            return None
+        try:
+            value = text.value.decode().strip()
+        except UnicodeDecodeError:
+            raise UserError("not_text", f"The field {name!r} is not UTF-8 text.", field=name) from None
+        return value or None
+
+    def _json(self, name: str) -> Any:
+        text = self._text(name)
+        if text is None:
+            return None
+        try:
+            return json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                "not_json", f"The field {name!r} is not valid JSON: {error}.", field=name,
+                hint="NaN and infinity are no JSON: write null for a missing value.",
+            ) from None  # fmt: skip
+
+    def _flag(self, name: str, default: bool) -> bool:
+        text = self._text(name)
+        if text is None:
+            return default
+        if text.lower() in _TRUE:
+            return True
+        if text.lower() in _FALSE:
+            return False
+        raise UserError("bad_flag", f"The field {name!r} is neither true nor false.", field=name)
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number")
+
+
+def _too_large(limit: int) -> UserError:
+    return UserError(
+        "upload_too_large",
+        f"The upload is larger than {limit} bytes.",
+        field="file",
+        hint="Raise EKIBEN_MAX_UPLOAD, if a model may be that large.",
+        status=413,
+    )
+
+
+class _Form:
+    """Callbacks of the multipart parser, which feed an Intake."""
+
+    def __init__(self, intake: Intake, boundary: bytes) -> None:
+        self._intake = intake
+        self._header: bytes = b""
+        self._value: bytes = b""
+        self._disposition: bytes = b""
+        self._text: str | None = None
+        self._ended = False
+        self._parser = python_multipart.MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._part_begin,
+                "on_part_data": self._part_data,
+                "on_part_end": self._part_end,
+                "on_header_field": self._header_field,
+                "on_header_value": self._header_value,
+                "on_header_end": self._header_end,
+                "on_headers_finished": self._headers_finished,
+                "on_end": self._end,
+            },
+        )
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise UserError(
+                "bad_form",
+                f"The form's body is damaged: {error}.",
+                hint="Let the HTTP client write the multipart body: curl -F file=@model.txt URL/models",
+                status=400,
+            ) from error
+
+    def finish(self) -> None:
+        if not self._ended:
+            raise UserError("upload_cut", "The upload ended before its last byte.", hint="Send it again.", status=400)
+
+    def _part_begin(self) -> None:
+        self._disposition = b""
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._header = self._value = b""
+
+    def _headers_finished(self) -> None:
+        _, options = python_multipart.multipart.parse_options_header(self._disposition)
+        name = options.get(b"name", b"").decode(errors="replace")
+        filename = options[b"filename"].decode(errors="replace") if b"filename" in options else None
+        if name in FILE_FIELDS:
+            self._text = None
+            self._intake.begin_file(filename or "model")
+        else:
+            self._text = name
+            self._intake.begin_text(name, filename)
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        view = memoryview(data)[start:end]
+        if self._text is None:
+            self._intake.write(view)
+        else:
+            self._intake.write_text(self._text, view)
+
+    def _part_end(self) -> None:
+        if self._text is None:
+            self._intake.end_file()
+
+    def _end(self) -> None:
+        self._ended = True
+
+
+class _Raw:
+    """A body that is the file itself, with everything else in the query."""
+
+    def __init__(self, intake: Intake, filename: str) -> None:
+        self._intake = intake
+        intake.begin_file(filename)
+
+    def write(self, data: bytes) -> None:
+        self._intake.write(data)
+
+    def finish(self) -> None:
+        self._intake.end_file()
+
+
+async def receive(
+    intake: Intake,
+    stream: AsyncIterator[bytes],
+    content_type: str,
+    query: dict[str, str],
+    length: int | None,
+    limit: int,
+) -> None:
+    """Read a request's body into the intake. Raises UserError for what cannot be an upload."""
+    if length is not None and length > limit + 16 * _BATCH:
+        raise _too_large(limit)
+    media, options = python_multipart.multipart.parse_options_header(content_type)
+    sink: _Form | _Raw
+    if media == b"multipart/form-data":
+        boundary = options.get(b"boundary", b"")
+        if not 1 <= len(boundary) <= 256:
+            raise UserError("bad_form", "The Content-Type names no usable boundary.", field="content-type", status=400)
+        sink = _Form(intake, boundary)
+    elif media == b"application/x-www-form-urlencoded":
+        raise UserError(
+            "not_an_upload",
+            "A form without files was sent.",
+            hint="Use multipart: curl -F file=@model.txt URL/models, or --data-binary with a Content-Type of its own.",
+            status=415,
+        )
+    else:
+        for name in TEXT_FIELDS:
+            if name in query:
+                intake.begin_text(name, None)
+                intake.write_text(name, query[name].encode())
+        filename = query.get("filename") or query.get("name")
+        if not filename:
+            raise UserError(
+                "missing_filename",
+                "A raw body needs a name.",
+                field="filename",
+                hint="POST /models?name=churn&filename=churn.txt",
+            )
+        sink = await run_in_threadpool(_Raw, intake, filename)
+    batch = bytearray()
+    async for chunk in stream:
+        batch += chunk
+        if len(batch) >= _BATCH:
+            await run_in_threadpool(sink.write, bytes(batch))
+            batch.clear()
+    if batch:
+        await run_in_threadpool(sink.write, bytes(batch))
+    await run_in_threadpool(sink.finish)
+
+
+__all__ = ["EkibenError", "Intake", "Limits", "Upload", "receive"]

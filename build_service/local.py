@@ -1,0 +1,558 @@
+"""The local platform: builds and serving as processes on this machine, replaced behind the embedded router.
+
+A revision's processes start beside those of the revision that has the traffic. Each verifies its files, loads its
+model and predicts its golden sample before it answers `/readyz`; when all are ready, the router's table moves to them
+in one step, and the old ones finish what they have and end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from build_service import processes
+from build_service.logs import lines
+from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, RevisionOrder
+from build_service.quantities import parse_memory
+from build_service.routes import RouteTable, Upstream
+from build_service.settings import Settings
+from registry.store import ObjectStore
+
+log = structlog.get_logger(__name__)
+
+_TICK_BUSY, _TICK_IDLE = 0.05, 0.5  # seconds between two looks at the processes
+_MEMORY_EVERY = 0.5  # seconds between two measurements of the memory of processes
+_RESTART_FIRST, _RESTART_LONGEST = 0.5, 30.0  # seconds before a process that died is started again
+_TERM_SECONDS = 10.0  # time between SIGTERM and SIGKILL
+_KEPT_LOGS = 20  # files of a deployment
+
+# What a serving process may know of this service's environment: nothing that could be a secret.
+_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
+# What a build may not know.
+_WITHHELD = ("EKIBEN_TOKEN", "EKIBEN_DATABASE", "EKIBEN_MLFLOW_URI")
+
+
+@dataclass(eq=False)
+class _Build:
+    order: BuildOrder
+    child: processes.Child
+    folder: Path
+    started: float
+    killed: Failure | None = None
+    measured: float = 0.0
+
+
+@dataclass(eq=False)
+class _Replica:
+    order: RevisionOrder
+    child: processes.Child
+    upstream: Upstream
+    termination: Path
+    log: Path
+    started: float
+    ready: bool = False
+    draining_since: float | None = None
+    terminated: float | None = None
+    measured: float = 0.0
+    killed: Failure | None = None
+
+
+@dataclass(eq=False)
+class _Served:
+    """A deployment's processes: those of the revision that has the traffic, and those on their way."""
+
+    wanted: RevisionOrder
+    live: RevisionOrder | None = None
+    checked: dict[str, Any] | None = None
+    replicas: list[_Replica] = field(default_factory=list)
+    failures: dict[int, Failure] = field(default_factory=dict)
+    restart_at: float = 0.0
+    restart_wait: float = _RESTART_FIRST
+
+
+class LocalPlatform:
+    def __init__(self, settings: Settings, store: ObjectStore, routes: RouteTable, wake: Callable[[], None]) -> None:
+        self._settings, self._store, self._routes, self._wake = settings, store, routes, wake
+        self._root = settings.root
+        self._records = self._root / "processes"
+        self._lock = threading.RLock()
+        self._builds: dict[tuple[str, int], _Build] = {}
+        self._served: dict[str, _Served] = {}
+        self._ending: list[_Replica] = []
+        self._stop = threading.Event()
+        self._wake_watch = threading.Event()
+        ended = processes.sweep(self._records)
+        if ended:
+            log.warning("ended processes of an earlier service", count=ended)
+        self._serving_path = self._copy_serving()
+        self._thread = threading.Thread(target=self._watch, name="local-platform", daemon=True)
+        self._thread.start()
+
+    # --- builds -----------------------------------------------------------------------------------------------------
+
+    def submit(self, order: BuildOrder) -> None:
+        with self._lock:
+            key = (order.id, order.attempt)
+            if key in self._builds:
+                return
+            folder = self._root / "builds" / order.id
+            shutil.rmtree(folder / "work", ignore_errors=True)
+            (folder / "work").mkdir(parents=True)
+            for name in ("result.json", "progress.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            spec = folder / "spec.json"
+            spec.write_text(json.dumps(self._spec(order, folder), indent=1))
+            environment = {key: value for key, value in os.environ.items() if key not in _WITHHELD}
+            with (folder / "log.txt").open("ab") as errors, (folder / "progress.jsonl").open("wb") as progress:
+                child = processes.Child(
+                    [sys.executable, "-m", "builder_image", str(spec)],
+                    environment=environment,
+                    folder=folder,
+                    records=self._records,
+                    stdout=progress,
+                    stderr=errors,
+                )
+            self._builds[key] = _Build(order, child, folder, time.monotonic())
+
+    def build_status(self, order_id: str, attempt: int) -> BuildStatus:
+        with self._lock:
+            running = self._builds.get((order_id, attempt))
+            if running is None:
+                return BuildStatus("missing")
+            code = running.child.poll()
+            stages = _progress(running.folder / "progress.jsonl")
+            stage = stages[-1]["stage"] if stages else None
+            if code is None:
+                return BuildStatus("running", stage, stages)
+            result = _json(running.folder / "result.json")
+            shutil.rmtree(running.folder / "work", ignore_errors=True)
+            if code == 0 and result is not None and "error" not in result:
+                return BuildStatus("succeeded", stage, result.get("stages", stages), result)
+            return BuildStatus("failed", stage, stages, None, running.killed or _build_failure(code, result, stage))
+
+    def cancel(self, order_id: str, attempt: int) -> None:
+        with self._lock:
+            running = self._builds.pop((order_id, attempt), None)
+        if running is not None:
+            running.child.kill()
+            shutil.rmtree(running.folder / "work", ignore_errors=True)
+
+    def build_log(self, order_id: str, *, follow: bool) -> Iterator[str]:
+        def finished() -> bool:
+            with self._lock:
+                return not any(
+                    key[0] == order_id and build.child.process.poll() is None for key, build in self._builds.items()
+                )
+
+        return lines(self._root / "builds" / order_id / "log.txt", follow=follow, finished=finished)
+
+    def _spec(self, order: BuildOrder, folder: Path) -> dict[str, Any]:
+        version, settings = order.version, self._settings
+        return {
+            "schema": "ekiben.build.v1",
+            "work": str(folder / "work"),
+            "result": str(folder / "result.json"),
+            "model": {"dir": str(self._model_folder(version.location))},
+            "kind": {"name": version.kind, "dir": str(settings.kinds / version.kind)},
+            "serving": str(settings.kinds / "serving"),
+            "cache": {"environments": str(self._root / "environments"), "bentos": str(self._root / "bentos")},
+            "allow_code": order.allow_code,
+            "lock": version.lock,
+            "image": order.image,
+        }
+
+    # --- serving ----------------------------------------------------------------------------------------------------
+
+    def apply(self, order: RevisionOrder) -> None:
+        with self._lock:
+            served = self._served.get(order.deployment)
+            if served is None:
+                served = self._served[order.deployment] = _Served(order)
+            if served.wanted == order:
+                return
+            if served.wanted.revision != order.revision:
+                served.restart_at, served.restart_wait = 0.0, _RESTART_FIRST
+                served.failures.pop(order.revision, None)
+            served.wanted = order
+            if served.live is not None and served.live.revision == order.revision:
+                served.live = order
+        self._wake_watch.set()
+
+    def observe(self, deployment: str) -> Observed:
+        with self._lock:
+            served = self._served.get(deployment)
+            if served is None:
+                return Observed()
+            live = served.live.revision if served.live else None
+            ready = sum(1 for replica in served.replicas if replica.ready and replica.order.revision == live)
+            failure = served.failures.get(served.wanted.revision)
+            return Observed(
+                live, ready, served.checked, served.wanted.revision if failure is not None else None, failure
+            )
+
+    def delete(self, deployment: str) -> None:
+        with self._lock:
+            served = self._served.pop(deployment, None)
+            self._routes.remove(deployment)
+            if served is not None:
+                for replica in served.replicas:
+                    self._drain(replica)
+        self._wake_watch.set()
+
+    def serving_log(self, deployment: str, *, follow: bool) -> Iterator[str]:
+        folder = self._root / "deployments" / deployment
+        newest = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime_ns)
+        if not newest:
+            return iter(())
+
+        def finished() -> bool:
+            with self._lock:
+                served = self._served.get(deployment)
+                return served is None or not any(replica.log == newest[-1] for replica in served.replicas)
+
+        return lines(newest[-1], follow=follow, finished=finished)
+
+    def close(self) -> None:
+        """End every process: serving ones get a moment to finish their requests."""
+        self._stop.set()
+        self._wake_watch.set()
+        self._thread.join()
+        with self._lock:
+            replicas = self._ending + [replica for served in self._served.values() for replica in served.replicas]
+            for build in self._builds.values():
+                if build.child.poll() is None:
+                    build.child.kill()
+            for replica in replicas:
+                replica.child.terminate()
+            deadline = time.monotonic() + _TERM_SECONDS
+            for replica in replicas:
+                while replica.child.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                if replica.child.poll() is None:
+                    replica.child.kill()
+
+    # --- the watch: everything below runs in its thread, under the lock ---------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            busy = False
+            try:
+                for replica in self._starting():
+                    busy = True
+                    self._probe(replica)
+                with self._lock:
+                    self._bound_builds()
+                    for served in list(self._served.values()):
+                        self._step(served)
+                    busy = self._end_drained() or busy
+                    busy = busy or any(build.child.process.poll() is None for build in self._builds.values())
+            except Exception:
+                log.exception("the local platform's watch stumbled")
+            self._wake_watch.wait(_TICK_BUSY if busy else _TICK_IDLE)
+            self._wake_watch.clear()
+
+    def _starting(self) -> list[_Replica]:
+        with self._lock:
+            return [replica for served in self._served.values() for replica in served.replicas if not replica.ready]
+
+    def _probe(self, replica: _Replica) -> None:
+        """Asked without the lock: a process that hangs must not hold up the others."""
+        try:
+            connection = http.client.HTTPConnection(replica.upstream.host, replica.upstream.port, timeout=1)
+            try:
+                connection.request("GET", "/readyz")
+                ready = connection.getresponse().status == 200
+            finally:
+                connection.close()
+        except (OSError, http.client.HTTPException):
+            return
+        if ready:
+            checked = _metadata(replica.upstream).get("checked")
+            with self._lock:
+                replica.ready = True
+                served = self._served.get(replica.order.deployment)
+                if served is not None and replica.order.revision == served.wanted.revision:
+                    served.checked = checked
+
+    def _step(self, served: _Served) -> None:
+        wanted = served.wanted
+        self._reap(served)
+        # Processes of revisions that are neither wanted nor live are stopped.
+        live = served.live.revision if served.live else None
+        for replica in list(served.replicas):
+            if replica.order.revision not in (wanted.revision, live):
+                self._retire(served, replica)
+        replaces = wanted.strategy == "replace" and live is not None and live != wanted.revision
+        if replaces and wanted.revision not in served.failures:
+            for replica in [r for r in served.replicas if r.order.revision == live]:
+                self._retire(served, replica)
+            self._publish(served)
+            if any(r.order.deployment == wanted.deployment for r in self._ending):
+                return  # the memory is not free yet
+        mine = [replica for replica in served.replicas if replica.order.revision == wanted.revision]
+        if wanted.revision not in served.failures and time.monotonic() >= served.restart_at:
+            for _ in range(wanted.replicas - len(mine)):
+                mine.append(self._launch(served, wanted))
+        ready = [replica for replica in mine if replica.ready]
+        if len(ready) > wanted.replicas:
+            for replica in ready[wanted.replicas :]:
+                self._retire(served, replica)
+            ready = ready[: wanted.replicas]
+        if live != wanted.revision and len(ready) >= wanted.replicas:
+            served.live, live = wanted, wanted.revision
+            served.restart_wait = _RESTART_FIRST
+            log.info("traffic moved", deployment=wanted.deployment, revision=wanted.revision)
+            self._wake()
+        self._publish(served)
+        if live == wanted.revision:
+            for replica in [r for r in served.replicas if r.order.revision != live]:
+                self._retire(served, replica)
+
+    def _publish(self, served: _Served) -> None:
+        live = served.live
+        if live is None:
+            return
+        self._routes.set(
+            live.deployment,
+            [
+                replica.upstream
+                for replica in served.replicas
+                if replica.ready and replica.order.revision == live.revision
+            ],
+        )
+
+    def _launch(self, served: _Served, order: RevisionOrder) -> _Replica:
+        folder = self._root / "deployments" / order.deployment
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = f"{order.revision:06d}-{time.time_ns()}"
+        termination, log_file = folder / f"{stem}.termination", folder / f"{stem}.log"
+        for old in sorted(folder.glob("*.log"))[:-_KEPT_LOGS]:
+            old.unlink(missing_ok=True)
+            old.with_suffix(".termination").unlink(missing_ok=True)
+        # Bound here, so that no other process can take the port; the child listens once it is ready.
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        with listening, log_file.open("ab") as output:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(("127.0.0.1", 0))
+            host, port = listening.getsockname()
+            scratch = folder / "scratch"
+            scratch.mkdir(exist_ok=True)
+            child = processes.Child(
+                [order.build["environment"]["python"], "-m", "bentos.serving"],
+                environment=self._serving_environment(order, termination, listening.fileno(), scratch),
+                folder=scratch,
+                records=self._records,
+                stdout=output,
+                stderr=output,
+                pass_fds=(listening.fileno(),),
+            )
+        replica = _Replica(order, child, Upstream(host, port, order.revision), termination, log_file, time.monotonic())
+        served.replicas.append(replica)
+        return replica
+
+    def _serving_environment(
+        self, order: RevisionOrder, termination: Path, listening: int, scratch: Path
+    ) -> dict[str, str]:
+        version, settings = order.version, self._settings
+        return {
+            **{key: os.environ[key] for key in _PASSED_ON if key in os.environ},
+            "HOME": str(scratch),
+            "BENTOML_HOME": str(scratch / "bentoml"),
+            "BENTOML_DO_NOT_TRACK": "True",
+            "PYTHONPATH": str(self._serving_path),
+            "PYTHONUNBUFFERED": "1",
+            "EKIBEN_BENTO": order.build["bento"]["dir"],
+            "EKIBEN_MODEL_DIR": str(self._model_folder(version.location)),
+            "EKIBEN_MODEL_DIGEST": version.digest,
+            "EKIBEN_MODEL_NAME": version.name,
+            "EKIBEN_MODEL_VERSION": str(version.number),
+            "EKIBEN_MODEL_METADATA": json.dumps({"labels": version.labels}),
+            "EKIBEN_URL_PREFIX": f"/inference/{order.deployment}",
+            "EKIBEN_SOCKET_FD": str(listening),
+            "EKIBEN_TERMINATION_LOG": str(termination),
+            "EKIBEN_MAX_BODY_BYTES": str(settings.inference_body),
+            "EKIBEN_REQUEST_SECONDS": str(settings.inference_seconds),
+        }
+
+    def _reap(self, served: _Served) -> None:
+        """Processes that ended by themselves: a failure of a revision on its way, or a crash to recover from."""
+        live = served.live.revision if served.live else None
+        for replica in list(served.replicas):
+            self._bound_memory(replica)
+            code = replica.child.poll()
+            if code is None:
+                continue
+            served.replicas.remove(replica)
+            failure = replica.killed or _serving_failure(code, replica)
+            log.warning(
+                "serving process ended",
+                deployment=replica.order.deployment,
+                revision=replica.order.revision,
+                exit_code=code,
+                code=failure.code,
+                reason=failure.message,
+            )
+            if replica.order.revision == live or replica.ready:
+                served.restart_at = time.monotonic() + served.restart_wait
+                served.restart_wait = min(served.restart_wait * 2, _RESTART_LONGEST)
+            else:
+                served.failures[replica.order.revision] = failure
+            self._wake()
+
+    def _bound_memory(self, replica: _Replica) -> None:
+        limit = replica.order.resources.get("memory")
+        if limit is None or time.monotonic() - replica.measured < _MEMORY_EVERY:
+            return
+        replica.measured = time.monotonic()
+        used = replica.child.memory()
+        if used > parse_memory(limit):
+            replica.killed = Failure(
+                "out_of_memory",
+                f"The model used {used // 2**20} MiB of memory; its limit is {limit}.",
+                hint="Raise resources.memory of the deployment.",
+            )
+            replica.child.kill()
+
+    def _bound_builds(self) -> None:
+        for build in self._builds.values():
+            if build.child.process.poll() is not None or build.killed is not None:
+                continue
+            age = time.monotonic() - build.started
+            if age > self._settings.build_seconds:
+                build.killed = Failure(
+                    "build_timeout",
+                    f"The build took longer than {self._settings.build_seconds:.0f} s.",
+                    hint="Raise EKIBEN_BUILD_SECONDS, or look at the build's log for what takes so long.",
+                )
+            elif time.monotonic() - build.measured > _MEMORY_EVERY:
+                build.measured = time.monotonic()
+                if build.child.memory() > self._settings.build_memory:
+                    build.killed = Failure(
+                        "build_out_of_memory",
+                        f"The build used more than {self._settings.build_memory // 2**20} MiB of memory.",
+                        hint="Raise EKIBEN_BUILD_MEMORY.",
+                    )
+            if build.killed is not None:
+                build.child.kill()
+                self._wake()
+
+    def _retire(self, served: _Served, replica: _Replica) -> None:
+        served.replicas.remove(replica)
+        self._drain(replica)
+
+    def _drain(self, replica: _Replica) -> None:
+        replica.draining_since = time.monotonic()
+        self._ending.append(replica)
+
+    def _end_drained(self) -> bool:
+        for replica in list(self._ending):
+            assert replica.draining_since is not None
+            waited = time.monotonic() - replica.draining_since
+            if replica.child.poll() is not None:
+                self._ending.remove(replica)
+            elif replica.terminated is None:
+                # The router may have taken the upstream a moment before the table moved: one tick passes first.
+                if waited > _TICK_BUSY and (replica.upstream.in_flight == 0 or waited > self._settings.drain_seconds):
+                    replica.child.terminate()
+                    replica.terminated = time.monotonic()
+            elif time.monotonic() - replica.terminated > _TERM_SECONDS:
+                replica.child.kill()
+        return bool(self._ending)
+
+    def _model_folder(self, location: str) -> Path:
+        return self._store.checkout(location, self._root / "checkouts" / location)
+
+    def _copy_serving(self) -> Path:
+        """A folder that holds `bentos.serving` and nothing else of this installation, named by its content."""
+        kinds = self._settings.kinds
+        sources = [kinds / "__init__.py", *sorted((kinds / "serving").rglob("*"))]
+        files = [path for path in sources if path.is_file() and path.suffix != ".pyc"]
+        digest = hashlib.sha256()
+        for path in files:
+            digest.update(f"{path.relative_to(kinds)}\0".encode() + path.read_bytes() + b"\0")
+        target = self._root / "serving" / digest.hexdigest()[:16]
+        if not target.exists():
+            temporary = target.with_name(f"{target.name}.{os.getpid()}")
+            for path in files:
+                copy = temporary / "bentos" / path.relative_to(kinds)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+            with contextlib.suppress(OSError):
+                temporary.rename(target)
+            shutil.rmtree(temporary, ignore_errors=True)
+        return target
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _progress(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text()
+    except OSError:
+        return []
+    stages = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            stages.append(json.loads(line))
+    return stages
+
+
+def _metadata(upstream: Upstream) -> dict[str, Any]:
+    connection = http.client.HTTPConnection(upstream.host, upstream.port, timeout=5)
+    try:
+        connection.request("GET", "/metadata")
+        value = json.loads(connection.getresponse().read(1 << 20))
+        return value if isinstance(value, dict) else {}
+    except (OSError, http.client.HTTPException, ValueError):
+        return {}
+    finally:
+        connection.close()
+
+
+def _build_failure(code: int, result: Any, stage: str | None) -> Failure:
+    error = (result or {}).get("error")
+    if isinstance(error, dict):
+        return Failure(
+            str(error.get("code", "build_failed")),
+            str(error.get("message", "The build failed.")),
+            error.get("hint"),
+            error.get("stage", stage),
+            user=code == 2,
+        )
+    return Failure(
+        "build_crashed",
+        f"The build ended without a result (exit code {code}) in stage {stage or 'start'}.",
+        hint="The build's log has its last words.",
+        stage=stage,
+        user=False,
+    )
+
+
+def _serving_failure(code: int, replica: _Replica) -> Failure:
+    words = _json(replica.termination)
+    if isinstance(words, dict) and "message" in words:
+        return Failure(str(words.get("code", "serving_failed")), str(words["message"]), words.get("hint"))
+    tail = ""
+    with contextlib.suppress(OSError):
+        tail = "\n".join(replica.log.read_text(errors="replace").splitlines()[-5:])
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return Failure("serving_crashed", f"The model's process {how}. Its last words: {tail or '(none)'}")

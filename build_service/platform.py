@@ -1,0 +1,98 @@
+"""Where builds and deployments run: the second seam of Ekiben.
+
+Every method is idempotent and named by content: submitting a build that runs joins it, applying a revision that is
+applied changes nothing, deleting what is gone is fine. None of them waits for work to finish; the control loop asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from registry.versions import Version
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why something failed, in words a user understands. `user`: it is the model's fault, so a retry is pointless."""
+
+    code: str
+    message: str
+    hint: str | None = None
+    stage: str | None = None
+    user: bool = True
+
+
+@dataclass(frozen=True)
+class BuildOrder:
+    """One attempt of a build."""
+
+    id: str
+    attempt: int
+    version: Version
+    image: dict[str, Any] | None
+    allow_code: bool
+
+
+@dataclass(frozen=True)
+class BuildStatus:
+    """`state` is running, succeeded, failed, or missing (this platform does not know the attempt)."""
+
+    state: str
+    stage: str | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class RevisionOrder:
+    """What a deployment shall run."""
+
+    deployment: str
+    revision: int
+    version: Version
+    build: dict[str, Any]  # result of the build
+    replicas: int
+    resources: dict[str, str]
+    strategy: str
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a deployment runs now.
+
+    `revision` has the traffic and `ready` processes; `checked` is its golden sample's outcome. `failure` says why the
+    revision `failed` cannot take the traffic.
+    """
+
+    revision: int | None = None
+    ready: int = 0
+    checked: dict[str, Any] | None = None
+    failed: int | None = None
+    failure: Failure | None = None
+
+
+class Platform(Protocol):
+    def submit(self, order: BuildOrder) -> None: ...
+
+    def build_status(self, order_id: str, attempt: int) -> BuildStatus: ...
+
+    def cancel(self, order_id: str, attempt: int) -> None: ...
+
+    def apply(self, order: RevisionOrder) -> None:
+        """Roll the deployment to this revision. Traffic moves once all its processes passed their golden sample."""
+        ...
+
+    def observe(self, deployment: str) -> Observed: ...
+
+    def delete(self, deployment: str) -> None: ...
+
+    def build_log(self, order_id: str, *, follow: bool) -> Iterator[str]:
+        """Lines of the newest attempt; with `follow`, until it ends. An empty string is a heartbeat."""
+        ...
+
+    def serving_log(self, deployment: str, *, follow: bool) -> Iterator[str]: ...
+
+    def close(self) -> None: ...

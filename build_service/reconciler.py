@@ -1,0 +1,293 @@
+"""The control loop: drives builds and deployments towards what SQL says is wanted.
+
+Every step is idempotent. A step reads, acts on the platform, then writes under its fencing token; if this process dies
+in between, the next one repeats the step and finds the platform already there.
+
+    build:       queued → running → succeeded | failed | cancelled
+    deployment:  pending → rolling → live | rolled_back | failed
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import structlog
+from sqlalchemy import Connection
+
+from build_service import metrics, state
+from build_service.platform import BuildOrder, Failure, Observed, Platform, RevisionOrder
+from build_service.settings import Settings
+from registry import versions
+from registry.database import Database, now
+
+log = structlog.get_logger(__name__)
+
+_TICK_BUSY, _TICK_IDLE = 0.1, 1.0  # seconds between two rounds
+_LEASE_SECONDS = 30.0
+_RETRY_FIRST = 2.0  # seconds before the second attempt of a build; doubles each time
+
+
+class Reconciler:
+    def __init__(self, settings: Settings, database: Database, platform: Platform, owner: str) -> None:
+        self._settings, self._database, self._platform, self._owner = settings, database, platform, owner
+        self._held: dict[str, state.Build] = {}  # builds under our lease
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Something changed: look now rather than at the next tick."""
+        self._wake.set()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._wake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                busy = self.round()
+            except Exception:
+                log.exception("a round of the control loop stumbled")
+                busy = False
+            self._wake.wait(_TICK_BUSY if busy else _TICK_IDLE)
+            self._wake.clear()
+
+    def round(self) -> bool:
+        """One look at everything; True while something is on its way."""
+        busy = self._builds()
+        with self._database.read() as connection:
+            deployments = state.all_deployments(connection)
+            deleted = state.all_deployments(connection, deleted=True)
+        for deployment in deployments:
+            try:
+                busy = self._deployment(deployment.name) or busy
+            except Exception:  # one deployment's trouble must not hold up the others
+                log.exception("a deployment's step stumbled", deployment=deployment.name)
+        for deployment in deleted:
+            self._platform.delete(deployment.name)
+        return busy
+
+    # --- builds -----------------------------------------------------------------------------------------------------
+
+    def _builds(self) -> bool:
+        while len(self._held) < self._settings.builds_at_once:
+            with self._database.write() as connection:
+                build = state.claim_build(connection, self._owner, _LEASE_SECONDS)
+            if build is None:
+                break
+            self._held[build.id] = build
+            self._submit(build)
+        for build in list(self._held.values()):
+            self._watch_build(build)
+        return bool(self._held)
+
+    def _submit(self, build: state.Build) -> None:
+        with self._database.read() as connection:
+            version = versions.by_id(connection, build.version_id)
+        log.info("build starts", build=build.id, attempt=build.attempts, model=version.name, version=version.number)
+        self._platform.submit(BuildOrder(build.id, build.attempts, version, build.image, self._settings.allow_code))
+
+    def _watch_build(self, build: state.Build) -> None:
+        status = self._platform.build_status(build.id, build.attempts)
+        if status.state == "missing":  # lost with the process that ran it: the same attempt once more
+            self._submit(build)
+            return
+        if status.state == "running":
+            values = {"lease_until": now() + _LEASE_SECONDS, "stage": status.stage, "stages": status.stages}
+            with self._database.write() as connection:
+                held = state.change_build(connection, build, **values)
+            if not held:
+                self._give_up(build)
+            return
+        del self._held[build.id]
+        with self._database.write() as connection:
+            if status.state == "succeeded":
+                assert status.result is not None
+                done = state.change_build(
+                    connection, build, state="succeeded", stage=None, stages=status.stages, result=status.result,
+                    finished=now(), reason=None, code=None, hint=None,
+                )  # fmt: skip
+                if done and status.result.get("lock"):
+                    versions.change(connection, build.version_id, lock=status.result["lock"])
+                metrics.BUILDS.labels("succeeded").inc()
+                log.info("build succeeded", build=build.id)
+            else:
+                assert status.failure is not None
+                self._build_failed(connection=connection, build=build, failure=status.failure)
+        self.wake()
+
+    def _build_failed(self, connection: Connection, build: state.Build, failure: Failure) -> None:
+        version = versions.by_id(connection, build.version_id)
+        again = not failure.user and build.attempts < self._settings.build_attempts
+        values = {"stage": failure.stage, "reason": failure.message, "code": failure.code, "hint": failure.hint}
+        if again:
+            wait = _RETRY_FIRST * 2 ** (build.attempts - 1)
+            state.change_build(connection, build, state="queued", not_before=now() + wait, **values)
+        else:
+            state.change_build(connection, build, state="failed", finished=now(), **values)
+            metrics.BUILDS.labels("failed").inc()
+        state.record(
+            connection,
+            f"build/{build.id}",
+            "BuildRetried" if again else "BuildFailed",
+            f"Attempt {build.attempts} of the build of {version.title} failed: {failure.message}",
+            type="Warning",
+        )
+        log.warning("build failed", build=build.id, code=failure.code, reason=failure.message, retried=again)
+
+    def _give_up(self, build: state.Build) -> None:
+        """The build was cancelled, or its lease went to another."""
+        self._platform.cancel(build.id, build.attempts)
+        del self._held[build.id]
+
+    # --- deployments ------------------------------------------------------------------------------------------------
+
+    def _deployment(self, name: str) -> bool:
+        with self._database.write() as connection:
+            held = state.claim_deployment(connection, name, self._owner, _LEASE_SECONDS)
+            if held is None or held.deleted is not None:
+                return False
+            wanted = state.revision(connection, name, held.desired)
+            build = state.build(connection, wanted.build_id)
+        step: Callable[[state.Deployment, state.Revision, state.Build], bool] = {
+            "pending": self._pending,
+            "rolling": self._rolling,
+            "live": self._live,
+        }.get(wanted.state, self._ended)
+        return step(held, wanted, build)
+
+    def _pending(self, held: state.Deployment, wanted: state.Revision, build: state.Build) -> bool:
+        self._keep_live(held)
+        if build.state in state.BUILD_OPEN:
+            return True
+        if build.state != "succeeded" or build.result is None:
+            failure = Failure(build.code or "build_failed", build.reason or f"The build {build.state}.", build.hint)
+            self._not_taken(held, wanted, failure, "BuildFailed")
+            return True
+        with self._database.write() as connection:
+            if state.change_deployment(connection, held, state="rolling", reason=None, code=None, hint=None):
+                state.change_revision(
+                    connection,
+                    held.name,
+                    wanted.number,
+                    state="rolling",
+                    rolling_since=now(),
+                    deadline=now() + self._settings.ready_seconds,
+                )
+                state.record(
+                    connection,
+                    f"deployment/{held.name}",
+                    "Rolling",
+                    f"Revision {wanted.number} starts beside what is live; traffic waits for its golden sample.",
+                )
+        self.wake()
+        return True
+
+    def _rolling(self, held: state.Deployment, wanted: state.Revision, build: state.Build) -> bool:
+        self._platform.apply(self._order(held, wanted, build))
+        observed = self._platform.observe(held.name)
+        if observed.failed == wanted.number and observed.failure is not None:
+            self._not_taken(held, wanted, observed.failure, "RolledBack")
+        elif observed.revision == wanted.number and observed.ready >= held.replicas:
+            self._went_live(held, wanted, observed)
+        else:
+            with self._database.read() as connection:
+                late = state.past_deadline(connection, held.name, wanted.number)
+            if late:
+                failure = Failure(
+                    "ready_timeout",
+                    f"Revision {wanted.number} was not ready within {self._settings.ready_seconds:.0f} s.",
+                    hint=f"Look at `ekiben logs {held.name}`; a large model may need a longer EKIBEN_READY_SECONDS.",
+                )
+                self._not_taken(held, wanted, failure, "RolledBack")
+        return True
+
+    def _went_live(self, held: state.Deployment, wanted: state.Revision, observed: Observed) -> None:
+        with self._database.write() as connection:
+            taken = state.change_deployment(
+                connection, held, state="live", live=wanted.number, reason=None, code=None, hint=None
+            )
+            if not taken:
+                return
+            if held.live is not None and held.live != wanted.number:
+                state.change_revision(connection, held.name, held.live, state="superseded")
+            state.change_revision(connection, held.name, wanted.number, state="live", live_since=now(), reason=None)
+            version = versions.by_id(connection, wanted.version_id)
+            if observed.checked is not None:
+                versions.change(connection, version.id, checked=observed.checked)
+            state.record(
+                connection,
+                f"deployment/{held.name}",
+                "Live",
+                f"Revision {wanted.number} ({version.title}) passed its golden sample and has the traffic.",
+            )
+            if version.name == held.name:
+                state.enqueue(connection, "alias", {"name": version.name, "version_id": version.id, "alias": "live"})
+        metrics.ROLLOUTS.labels("live").inc()
+        log.info("revision is live", deployment=held.name, revision=wanted.number, version=version.title)
+
+    def _not_taken(self, held: state.Deployment, wanted: state.Revision, failure: Failure, reason: str) -> None:
+        """The revision cannot take the traffic: once, back to what was live."""
+        back = held.live is not None and held.live != wanted.number
+        with self._database.write() as connection:
+            version = versions.by_id(connection, wanted.version_id)
+            values = {"reason": failure.message, "code": failure.code, "hint": failure.hint}
+            changed = state.change_deployment(
+                connection,
+                held,
+                state="rolled_back" if back else "failed",
+                **({"desired": held.live} if back else {}),
+                **values,
+            )
+            if not changed:
+                return
+            failed_build = reason == "BuildFailed"
+            state.change_revision(
+                connection,
+                held.name,
+                wanted.number,
+                state="failed" if failed_build or not back else "rolled_back",
+                reason=failure.message,
+            )
+            outcome = f"; revision {held.live} keeps the traffic." if back else "; nothing is live."
+            state.record(
+                connection,
+                f"deployment/{held.name}",
+                reason,
+                f"Revision {wanted.number} ({version.title}) was not taken: {failure.message}{outcome}",
+                type="Warning",
+            )
+        metrics.ROLLOUTS.labels("rolled_back" if back else "failed").inc()
+        log.warning("revision was not taken", deployment=held.name, revision=wanted.number, code=failure.code)
+        self.wake()
+
+    def _live(self, held: state.Deployment, wanted: state.Revision, build: state.Build) -> bool:
+        self._platform.apply(self._order(held, wanted, build))
+        return self._platform.observe(held.name).ready < held.replicas
+
+    def _ended(self, held: state.Deployment, wanted: state.Revision, build: state.Build) -> bool:
+        """Nothing is live and the last revision failed: keep no process of it."""
+        if held.live is None:
+            self._platform.delete(held.name)
+        return False
+
+    def _keep_live(self, held: state.Deployment) -> None:
+        if held.live is not None:
+            with self._database.read() as connection:
+                live = state.revision(connection, held.name, held.live)
+                build = state.build(connection, live.build_id)
+            self._platform.apply(self._order(held, live, build))
+
+    def _order(self, held: state.Deployment, wanted: state.Revision, build: state.Build) -> RevisionOrder:
+        assert build.result is not None
+        with self._database.read() as connection:
+            version = versions.by_id(connection, wanted.version_id)
+        return RevisionOrder(
+            held.name, wanted.number, version, build.result, held.replicas, held.resources, held.strategy
+        )

@@ -1,0 +1,102 @@
+"""Settings of the service: environment variables with the prefix EKIBEN_, one frozen object.
+
+With nothing set, everything lives under one state folder and the service listens on loopback.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+def _installed_kinds() -> Path:
+    """The `bentos` folder, found without importing it: kinds are data to this service."""
+    spec = importlib.util.find_spec("bentos")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("the package 'bentos' is not installed: install the distribution ekiben-server whole")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="EKIBEN_", frozen=True, extra="ignore")
+
+    home: Path = Field(Path("~/.ekiben"), description="State folder: database, objects, environments, logs.")
+    host: str = Field("127.0.0.1", description="Address to listen on. Other than loopback needs a token.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    public_url: str | None = Field(
+        None, description="URL under which clients reach the service, for links; default http://localhost:PORT."
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="Host names that requests may carry besides loopback's own and that of public_url."
+    )
+    cors_origins: tuple[str, ...] = Field((), description="Origins that may call /inference from a browser.")
+    database: str | None = Field(None, description="SQLAlchemy URL; default a SQLite file in the state folder.")
+    platform: Literal["local"] = Field("local", description="Where builds and deployments run.")
+    kinds: Path = Field(default_factory=_installed_kinds, description="Folder of kinds.")
+    run_code: bool | None = Field(
+        None, description="Accept projects with code of their own; default: only when listening on loopback."
+    )
+    token: str | None = Field(None, description="A first administrator's token; further ones: `ekiben token create`.")
+
+    max_upload: int = Field(64 * GIB, gt=0, description="Bytes of one upload, after unpacking too.")
+    max_files: int = Field(10_000, gt=0, description="Files of one version.")
+    max_field: int = Field(MIB, gt=0, description="Bytes of one form field (sample, expected, requirements).")
+    min_free_disk: int = Field(
+        256 * MIB, ge=0, description="Bytes that must stay free on the state folder's disk; below, uploads answer 507."
+    )
+
+    builds_at_once: int = Field(2, gt=0, description="Builds that run side by side.")
+    build_seconds: float = Field(1800, gt=0, description="Longest time of one attempt of a build, in seconds.")
+    build_memory: int = Field(4 * GIB, gt=0, description="Resident bytes of a build's processes together.")
+    build_attempts: int = Field(3, gt=0, description="Attempts of a build that fails for want of infrastructure.")
+    ready_seconds: float = Field(
+        120, gt=0, description="Time a new revision has from its start to its golden sample, in seconds."
+    )
+    drain_seconds: float = Field(30, gt=0, description="Time an old process has to finish its requests, in seconds.")
+    keep_revisions: int = Field(10, gt=1, description="Revisions of a deployment that a roll-back can return to.")
+
+    inference_body: int = Field(64 * MIB, gt=0, description="Bytes of one inference request's body.")
+    inference_seconds: float = Field(60, gt=0, description="Longest time of one inference request, in seconds.")
+
+    mlflow: bool = Field(True, description="Project versions into MLflow's registry.")
+    mlflow_uri: str | None = Field(None, description="MLflow's store; default a SQLite file in the state folder.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.loopback and not self.token:
+            raise ValueError(
+                f"EKIBEN_HOST={self.host} is reachable from other machines, so EKIBEN_TOKEN must be set "
+                "(for instance to the output of `openssl rand -hex 32`)"
+            )
+        return self
+
+    @property
+    def loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def root(self) -> Path:
+        return self.home.expanduser().absolute()
+
+    @property
+    def allow_code(self) -> bool:
+        return self.loopback if self.run_code is None else self.run_code
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{self.root / 'ekiben.db'}"
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.mlflow_uri or f"sqlite:///{self.root / 'mlflow.db'}"

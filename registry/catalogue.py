@@ -1,0 +1,118 @@
+"""MLflow as a projection: models, versions, tags, metrics and aliases as MLflow's own client and UI show them.
+
+The truth is in SQL; this only repeats it. Importing MLflow takes seconds and much memory, so the service runs this
+module as a command, with one JSON object a line: actions on standard input, `{"id": …}` on standard output for each one
+done. Every action can be repeated.
+
+    {"id": 7, "action": "version", "name": "churn", "number": 3, "version_id": "01J…", "source": "file:///…",
+     "digest": "sha256:…", "kind": "lightgbm", "format": "lightgbm-text", "labels": {…}, "created": 1763…}
+    {"id": 8, "action": "alias", "name": "churn", "version_id": "01J…", "alias": "live"}
+    {"id": 9, "action": "delete", "name": "churn", "version_id": "01J…"}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_TAG = "ekiben.version_id"
+_LONGEST_TAG = 5000
+
+
+def apply(client: MlflowClient, action: dict[str, Any]) -> None:
+    """Carry out one action; repeating it changes nothing."""
+    known = _find(client, action["name"], action["version_id"])
+    if action["action"] == "version":
+        if known is None:
+            _create(client, action)
+    elif known is None:
+        return  # deleted in the meantime, or not ours
+    elif action["action"] == "alias":
+        client.set_registered_model_alias(action["name"], action["alias"], known)
+    elif action["action"] == "delete":
+        client.delete_model_version(action["name"], known)
+    else:
+        raise ValueError(f"unknown action {action['action']!r}")
+
+
+def _find(client: MlflowClient, name: str, version_id: str) -> str | None:
+    """MLflow's number of a version of ours."""
+    found = client.search_model_versions(f"name = '{name}' and tags.`{_TAG}` = '{version_id}'", max_results=1)
+    return str(found[0].version) if found else None
+
+
+def _create(client: MlflowClient, action: dict[str, Any]) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(action["name"], tags={"ekiben": "true"})
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {
+        _TAG: action["version_id"],
+        "ekiben.version": str(action["number"]),
+        "ekiben.digest": action["digest"],
+        "ekiben.kind": action["kind"],
+        "ekiben.format": action["format"],
+        **{key: value[:_LONGEST_TAG] for key, value in action["labels"].items()},
+    }
+    run_id = _run(client, action, tags)
+    made = client.create_model_version(action["name"], source=action["source"], run_id=run_id, tags=tags)
+    if str(made.version) != str(action["number"]):
+        # Somebody else wrote versions under this name: the tag tells which of ours it is.
+        logging.getLogger(__name__).warning(
+            "%s/%s is version %s in MLflow", action["name"], action["number"], made.version
+        )
+
+
+def _run(client: MlflowClient, action: dict[str, Any], tags: dict[str, str]) -> str | None:
+    """A run that holds the labels that are numbers as metrics, where there are any."""
+    metrics = {}
+    for key, value in action["labels"].items():
+        try:
+            metrics[key] = float(value)
+        except ValueError:
+            continue
+    if not metrics:
+        return None
+    experiment = client.get_experiment_by_name("ekiben")
+    identity = experiment.experiment_id if experiment is not None else client.create_experiment("ekiben")
+    existing = client.search_runs([identity], f"tags.`{_TAG}` = '{action['version_id']}'", max_results=1)
+    run = (
+        existing[0]
+        if existing
+        else client.create_run(identity, tags=tags, run_name=f"{action['name']}-{action['number']}")
+    )
+    for key, number in metrics.items():
+        client.log_metric(run.info.run_id, key, number)
+    client.set_terminated(run.info.run_id)
+    return str(run.info.run_id)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Project versions into MLflow: actions as JSON lines on stdin.")
+    parser.add_argument("--uri", required=True, help="MLflow's tracking and registry URI")
+    arguments = parser.parse_args()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=arguments.uri, registry_uri=arguments.uri)
+    for line in sys.stdin:
+        action = json.loads(line)
+        try:
+            apply(client, action)
+        except Exception as error:  # one that fails is tried again later; the others go on
+            print(json.dumps({"id": action["id"], "error": f"{type(error).__name__}: {error}"[:500]}), flush=True)
+        else:
+            print(json.dumps({"id": action["id"]}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

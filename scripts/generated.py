@@ -1,0 +1,111 @@
+"""Files that are made by a program: locks, the OpenAPI document, the README's table of figures.
+
+    python -m scripts.generated --write    make them again
+    python -m scripts.generated --check    fail if one is not current
+    python -m scripts.generated --locks    resolve every lock again, with today's newest versions
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_FIGURES = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--write", action="store_true")
+    choice.add_argument("--check", action="store_true")
+    choice.add_argument("--locks", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.locks:
+        for target, argv in _locks():
+            print(f"resolving {target.relative_to(ROOT)} …", flush=True)
+            subprocess.run([*argv, "--upgrade", "--output-file", str(target)], cwd=ROOT, check=True)
+        return 0
+    stale = []
+    for path, text in _documents():
+        if not path.exists() or path.read_text() != text:
+            stale.append(path)
+            if arguments.write:
+                path.write_text(text)
+    if arguments.write:
+        for path in stale:
+            print(f"wrote {path.relative_to(ROOT)}")
+        return 0
+    stale += list(_stale_locks())
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} is not current: run `make openapi` (or `make lock` for a lock)")
+    return 1 if stale else 0
+
+
+def _uv() -> str:
+    beside = Path(sys.executable).with_name("uv")
+    return str(beside) if beside.exists() else (shutil.which("uv") or "uv")
+
+
+def _locks() -> Iterator[tuple[Path, list[str]]]:
+    """Each lock and the command that makes it. No lock names the index that it was resolved with."""
+    common = [
+        _uv(), "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--python-version", "3.11",
+        "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", "--no-emit-package", "ekiben",
+    ]  # fmt: skip
+    yield (
+        ROOT / "requirements.lock",
+        [*common, "pyproject.toml", "client/pyproject.toml", "--group", "pyproject.toml:dev"],
+    )
+    for source in sorted((ROOT / "bentos").glob("*/requirements.in")):
+        yield source.with_suffix(".txt"), [*common, str(source.relative_to(ROOT))]
+
+
+def _stale_locks() -> Iterator[Path]:
+    """Locks that do not satisfy their inputs any more: resolving again, with the lock's pins, would change them."""
+    for target, argv in _locks():
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, target.name)
+            if target.exists():
+                shutil.copyfile(target, copy)
+            subprocess.run([*argv, "--output-file", str(copy)], cwd=ROOT, check=True)
+            if not target.exists() or copy.read_bytes() != target.read_bytes():
+                yield target
+
+
+def _documents() -> Iterator[tuple[Path, str]]:
+    document = subprocess.run(
+        [sys.executable, "-m", "build_service", "--openapi"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    yield ROOT / "docs" / "openapi.json", document
+    readme = ROOT / "README.md"
+    yield readme, _FIGURES.sub(lambda found: found[1] + _figures() + found[2], readme.read_text())
+
+
+def _figures() -> str:
+    """The table of benchmarks/report.json."""
+    report = ROOT / "benchmarks" / "report.json"
+    if not report.exists():
+        return ""
+    rows = ["| figure | measured | target | command |", "| --- | --- | --- | --- |"]
+    for entry in json.loads(report.read_text()):
+        better = "≥" if entry["better"] == "higher" else "≤"
+        unit = "" if entry["unit"] in ("x", "") else f" {entry['unit']}"
+        times = " ×" if entry["unit"] == "x" else unit
+        value = f"not measured: {entry['why']}" if entry["value"] is None else f"{entry['value']:g}{times}"
+        rows.append(
+            f"| {entry.get('title', entry['figure'])} | {value} | {better} {entry['target']:g}{times} "
+            f"| `{entry['command']}` |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
