@@ -100,9 +100,14 @@ def decompress(pieces: Iterable[bytes], media_type: str) -> Iterator[bytes]:
     if media_type.endswith("gzip"):
         yield from _gunzip(pieces)
     elif media_type.endswith("zstd"):
-        yield from zstandard.ZstdDecompressor().read_to_iter(cast(IO[bytes], _Reader(pieces)), write_size=tarball.CHUNK)
+        yield from zstandard.ZstdDecompressor().read_to_iter(readable(pieces), write_size=tarball.CHUNK)
     else:
         yield from pieces
+
+
+def readable(pieces: Iterable[bytes]) -> IO[bytes]:
+    """The pieces as something with `read`, for tarfile's stream mode and zstandard; a short read is not the end."""
+    return cast(IO[bytes], _Reader(pieces))
 
 
 def make(name: Name, entries: Sequence[tarball.Entry], blobs: Path, compression: Compression = "zstd") -> Layer:
@@ -215,7 +220,10 @@ class _Reader:
         self._rest = b""
 
     def read(self, size: int) -> bytes:
-        if not self._rest:
-            self._rest = next(self._pieces, b"")
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                break
+            self._rest = piece
         taken, self._rest = self._rest[:size], self._rest[size:]
         return taken

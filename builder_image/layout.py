@@ -45,10 +45,10 @@ def write_layout(image: Image, folder: Path, ref: str | None = None, progress: P
         for data in (image.config_bytes, image.manifest_bytes):
             name = hashlib.sha256(data).hexdigest()
             if not _is_there(blobs / name, len(data)):
-                _replace(blobs / name, data)
+                replace_file(blobs / name, data)
         if not (folder / "oci-layout").exists():
-            _replace(folder / "oci-layout", _MARK)
-        _replace(folder / "index.json", canonical_json(_index(image, ref, _manifests_in(folder))))
+            replace_file(folder / "oci-layout", _MARK)
+        replace_file(folder / "index.json", canonical_json(_index(image, ref, _manifests_in(folder))))
     return image
 
 
@@ -106,18 +106,18 @@ def read_layout(folder: Path, platform: Platform | None = None, ref: str | None 
     are checked against their digests here; layers are checked by whoever copies them.
     """
 
-    def document(digest: str) -> bytes:
-        blob = folder / _blob_path(digest)
-        if not blob.is_file():
-            raise _bad(f"{folder} lacks the blob {digest}")
-        return _verified(digest, blob.read_bytes())
-
     def opener(digest: str) -> _layers.Opener:
         return lambda: _layers.pieces_of(folder / _blob_path(digest))
 
-    if not (folder / "oci-layout").is_file() or not (folder / "index.json").is_file():
-        raise _bad(f"{folder} is not an OCI layout: it has no oci-layout or no index.json")
-    return _image.choose(_json((folder / "index.json").read_bytes()), document, opener, platform, ref, str(folder))
+    return _image.choose(_index_of(folder), _documents(folder), opener, platform, ref, str(folder))
+
+
+def platforms_of(folder: Path) -> list[Platform]:
+    """The platforms an OCI layout folder has images for. Raises UserError `bad_image`."""
+    try:
+        return _image.platforms(_index_of(folder), _documents(folder))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _bad(f"{folder} is not a usable OCI layout: {error}") from error
 
 
 def read_archive(file: Path, platform: Platform | None = None) -> Image:
@@ -166,6 +166,25 @@ def read_archive(file: Path, platform: Platform | None = None) -> Image:
     if "manifest.json" in members:
         return _read_docker(_json(whole("manifest.json")), whole, pieces, platform, file)
     raise _bad(f"{file} holds neither an OCI layout nor a Docker archive")
+
+
+def _index_of(folder: Path) -> Any:
+    if not (folder / "oci-layout").is_file() or not (folder / "index.json").is_file():
+        raise _bad(f"{folder} is not an OCI layout: it has no oci-layout or no index.json")
+    try:
+        return json.loads((folder / "index.json").read_bytes())
+    except ValueError as error:
+        raise _bad(f"{folder}/index.json is not JSON: {error}") from error
+
+
+def _documents(folder: Path) -> Callable[[str], bytes]:
+    def document(digest: str) -> bytes:
+        blob = folder / _blob_path(digest)
+        if not blob.is_file():
+            raise _bad(f"{folder} lacks the blob {digest}")
+        return _verified(digest, blob.read_bytes())
+
+    return document
 
 
 def _read_docker(
@@ -312,7 +331,9 @@ def _json(data: bytes) -> Any:
     return json.loads(data)
 
 
-def _replace(file: Path, data: bytes) -> None:
+def replace_file(file: Path, data: bytes) -> None:
+    """Write a small file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     with _draft(file) as out:
         out.write(data)
 

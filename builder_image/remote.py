@@ -729,6 +729,24 @@ def push_image(registry: Registry, image: Image, ref: Reference, progress: Progr
 
 def pull_image(registry: Registry, ref: Reference, platform: Platform | None = None) -> Image:
     """The image a reference names, for one platform; its layers are pulled, and checked, when they are opened."""
+    index, document = _described(registry, ref)
+
+    def opener(digest: str) -> _layers.Opener:
+        return lambda: registry.pull_blob(ref.repository, digest)
+
+    return _image.choose(index, document, opener, platform, None, str(ref))
+
+
+def platforms_of(registry: Registry, ref: Reference) -> list[Platform]:
+    """The platforms that a reference has images for."""
+    try:
+        return _image.platforms(*_described(registry, ref))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError("bad_image", f"{ref} is not a usable image: {error}", field="ref") from error
+
+
+def _described(registry: Registry, ref: Reference) -> tuple[Any, Callable[[str], bytes]]:
+    """(an index that holds just what the reference names, how to get the documents below it)."""
     repo = ref.repository
     manifest, media_type = registry.get_manifest(repo, ref.name)
     documents = {_digest.of_bytes(manifest): manifest}
@@ -741,12 +759,7 @@ def pull_image(registry: Registry, ref: Reference, platform: Platform | None = N
                 documents[digest] = b"".join(registry.pull_blob(repo, digest))
         return documents[digest]
 
-    def opener(digest: str) -> _layers.Opener:
-        return lambda: registry.pull_blob(repo, digest)
-
-    kind = media_type or str(json.loads(manifest).get("mediaType", _image.MANIFEST))
-    index = {"manifests": [{"mediaType": kind, "digest": _digest.of_bytes(manifest)}]}
-    return _image.choose(index, document, opener, platform, None, str(ref))
+    return {"manifests": [{"mediaType": media_type, "digest": _digest.of_bytes(manifest)}]}, document
 
 
 def remember_layer(registry: Registry, repo: str, key: str, layer: Layer) -> None:
