@@ -33,7 +33,8 @@ class StartError(Exception):
     """A start that cannot succeed. `code` is stable; `exit_code` is 10 to 13, or 1 for anything else."""
 
     def __init__(self, code: str, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
+        # the first line is what people see of it under `bentoml serve`
+        super().__init__(f"{message} ({hint})" if hint else message)
         self.code = code
         self.message = message[:_LONGEST_DETAIL]
         self.hint = hint

@@ -24,12 +24,13 @@ _NUMBERS = {int, float, bool, type(None)}
 
 @dataclass(frozen=True)
 class Column:
-    """One input of a model. `categories` are its allowed values, in the order of their codes; None for a number."""
+    """One input of a model: a number, one of some categories (in the order of their codes), or any text."""
 
     name: str
     categories: tuple[Any, ...] | None = None
     nullable: bool = True
     example: Any = 0.0
+    text: bool = False
 
     @cached_property
     def codes(self) -> dict[Any, float]:
@@ -39,6 +40,8 @@ class Column:
         if self.categories is not None:
             allowed = [*self.categories, None] if self.nullable else list(self.categories)
             return {"enum": allowed}
+        if self.text:
+            return {"type": ["string", "null"] if self.nullable else "string"}
         return {"type": ["number", "null"] if self.nullable else "number"}
 
 
@@ -70,6 +73,10 @@ class Table:
     def _coded(self) -> tuple[tuple[int, Column], ...]:
         return tuple((i, c) for i, c in enumerate(self.columns) if c.categories is not None)
 
+    @property
+    def _mixed(self) -> bool:
+        return any(c.categories is not None or c.text for c in self.columns)
+
     @cached_property
     def _required(self) -> tuple[int, ...]:
         return tuple(i for i, c in enumerate(self.columns) if not c.nullable)
@@ -78,7 +85,7 @@ class Table:
         """Rows as float64 [rows, columns]; categories as their codes, missing values as NaN. Raises Problem."""
         import numpy as np
 
-        values = [self._row(row, i) for i, row in enumerate(inputs)]
+        values = [self._numbers(row, i) for i, row in enumerate(inputs)]
         try:
             matrix = np.array(values, dtype=np.float64)
         except OverflowError as error:
@@ -87,6 +94,39 @@ class Table:
         if self._required or self.largest < math.inf or not np.isfinite(matrix).all():
             self._check_extremes(matrix)
         return matrix
+
+    def records(self, inputs: Sequence[Any]) -> list[list[Any]]:
+        """Rows as checked values in column order, categories and text as they are. Raises Problem."""
+        rows = []
+        for i, row in enumerate(inputs):
+            values = list(self._row(row, i))
+            for at, column in enumerate(self.columns):
+                value = values[at]
+                if value is None:
+                    continue
+                if column.categories is not None:
+                    self._code(value, column, i)
+                elif column.text:
+                    if type(value) is not str:
+                        place = self._place(i, column)
+                        raise Problem("wrong_type", f"{place} is {_kind_of(value)}, not a string", field=place)
+                else:
+                    values[at] = self._number(value, column, i)
+            rows.append(values)
+        return rows
+
+    def _number(self, value: Any, column: Column, i: int) -> Any:
+        place = self._place(i, column)
+        if type(value) not in _NUMBERS:
+            raise Problem("wrong_type", f"{place} is {_kind_of(value)}, not a number", field=place)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isinf(number):
+            hint = "send a finite number, or null where it is missing"
+            raise Problem("not_finite", f"{place} is not a finite number", field=place, hint=hint)
+        return value
 
     def _row(self, row: Any, i: int) -> Sequence[Any]:
         if type(row) is dict:
@@ -99,6 +139,10 @@ class Table:
         else:
             hint = "a row is an object by column name, or an array" if self.named else "a row is an array"
             raise Problem("invalid_row", f"inputs[{i}] is {_kind_of(row)}", field=f"inputs[{i}]", hint=hint)
+        return values
+
+    def _numbers(self, row: Any, i: int) -> Sequence[Any]:
+        values = self._row(row, i)
         if self._coded:
             values = list(values)
             for at, column in self._coded:
@@ -180,7 +224,7 @@ class Table:
             "title": "by position",
             "minItems": len(self.columns),
             "maxItems": len(self.columns),
-            **({"prefixItems": [c.json_schema() for c in self.columns]} if self._coded else {"items": _any_of(self)}),
+            **({"prefixItems": [c.json_schema() for c in self.columns]} if self._mixed else {"items": _any_of(self)}),
         }
         if not self.named:
             return array
@@ -199,7 +243,7 @@ class Table:
 
     def example_row(self) -> Any:
         """A row that fits: the first category, or the column's example number."""
-        values = [c.categories[0] if c.categories else c.example for c in self.columns]
+        values = [c.categories[0] if c.categories else ("" if c.text else c.example) for c in self.columns]
         return dict(zip(self.names, values, strict=True)) if self.named else values
 
 

@@ -1,0 +1,1 @@
+"""The kind `xgboost`: boosted trees saved by Booster.save_model as JSON or UBJ."""
