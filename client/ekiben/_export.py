@@ -78,13 +78,12 @@ def _writer(model: Any) -> Any:
 
 
 def _lightgbm(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
-    if type(model).__name__ != "Booster" and hasattr(model, "booster_"):
+    booster = model
+    if not any(base.__name__ == "Booster" for base in type(model).__mro__):
         try:
             booster = model.booster_
-        except Exception as error:  # lightgbm's NotFittedError is sklearn's only where sklearn is installed
+        except Exception as error:  # the class of this error depends on whether scikit-learn is installed
             raise _unfitted(model, error) from None
-    else:
-        booster = model
     outputs = None if sample is None else _predicted(booster.predict, _frame(sample))
     file = folder / "model.txt"
     booster.save_model(str(file))  # up to the best iteration, as predict does

@@ -66,7 +66,7 @@ class Output:
 
     @contextmanager
     def uploading(self, label: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-        """Two functions, for the total and the sent bytes: a bar on a terminal, one line elsewhere, nothing for JSON."""
+        """Two functions, for the total and the sent bytes. A bar on a terminal, one line elsewhere, else nothing."""
         if self.as_json:
             yield (lambda _total: None), (lambda _sent: None)
         elif not self.live:

@@ -1,7 +1,7 @@
 """A ten-line Bento project around a model file, for models that need code: pickles, and preprocessing.
 
-The file is never loaded. Which packages a pickle needs is read off its bytes: it names each class that it holds by module
-and name, and these stand in it as text.
+The file is never loaded. Which packages a pickle needs is read off its bytes: it names each class that it holds by
+module and name, and these stand in it as text.
 """
 
 from __future__ import annotations

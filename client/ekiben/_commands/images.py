@@ -118,7 +118,8 @@ def containerize(
     ekiben containerize summarizer:latest --push registry.example.org/summarizer:1
     ekiben containerize summarizer:latest --output image.tar --platform linux/arm64
 
-    A drop-in for `bentoml containerize`, on this machine. All further options are those of `python -m builder_image containerize`.
+    A drop-in for `bentoml containerize`, on this machine. Further options are those of
+    `python -m builder_image containerize`.
     """
     _builder("containerize", bento, *ctx.args)
 

@@ -32,7 +32,8 @@ def up(
     ekiben up --port 9000
     ekiben up --foreground        # for a service manager
 
-    Nothing happens if it runs already. Its state is in EKIBEN_HOME (~/.ekiben), its log in server.log there; it listens on loopback only.
+    Nothing happens if it runs already. Its state is in EKIBEN_HOME (~/.ekiben), its log in server.log
+    there; it listens on loopback only.
     """
     from ekiben import _config, _server
     from ekiben._client import Client

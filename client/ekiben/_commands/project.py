@@ -26,8 +26,8 @@ def init(
     ekiben init --from churn.joblib churn/
     ekiben push churn/
 
-    The project is the place for preprocessing, and the way for pickles: the file is copied, never loaded. The versions in requirements.txt are those of this Python's environment, so run
-    it where the model was trained.
+    The project is the place for preprocessing, and the way for pickles: the file is copied, never loaded. The versions
+    in requirements.txt are those of this Python's environment, so run it where the model was trained.
     """
     from ekiben import _project
 

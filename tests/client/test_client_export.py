@@ -1,0 +1,141 @@
+"""Model objects are written so that the written file predicts what the object predicted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightgbm
+import numpy as np
+import pandas as pd
+import pytest
+import xgboost
+from sklearn.compose import make_column_transformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+from ekiben import ExportError
+from ekiben._export import export
+
+
+@pytest.fixture(scope="module")
+def table() -> tuple[pd.DataFrame, pd.Series]:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "age": rng.integers(18, 80, 300).astype(float),
+            "spend": rng.normal(50, 20, 300),
+            "plan": pd.Categorical(rng.choice(["free", "pro", "team"], 300)),
+        }
+    )
+    frame.loc[::7, "spend"] = np.nan
+    target = (frame["age"] + frame["plan"].cat.codes * 10 > 55).astype(int)
+    return frame, target
+
+
+def rows(exported: Any) -> pd.DataFrame:
+    """The sample as a server gets it: parsed from JSON."""
+    return pd.DataFrame(json.loads(json.dumps(exported.sample, allow_nan=False))["inputs"])
+
+
+def test_a_lightgbm_classifier_with_categories_and_missing_values(table: Any, tmp_path: Path) -> None:
+    frame, target = table
+    model = lightgbm.LGBMClassifier(n_estimators=5, verbose=-1).fit(frame, target)
+    exported = export(model, tmp_path, frame[:20])
+    served = lightgbm.Booster(model_file=str(exported.files[0]))
+    sent = rows(exported)
+    sent["plan"] = pd.Categorical(sent["plan"], categories=["free", "pro", "team"])
+    assert exported.expected is not None
+    assert np.allclose(served.predict(sent), exported.expected["outputs"], rtol=1e-12)
+    assert np.allclose(exported.expected["outputs"], model.predict_proba(frame[:20])[:, 1], rtol=1e-12)
+
+
+def test_a_lightgbm_booster_stops_at_its_best_iteration(table: Any, tmp_path: Path) -> None:
+    frame, target = table
+    data = lightgbm.Dataset(frame[["age", "spend"]], target)
+    booster = lightgbm.train({"verbose": -1, "objective": "binary"}, data, 20)
+    booster.best_iteration = 3
+    exported = export(booster, tmp_path, frame[["age", "spend"]][:10])
+    served = lightgbm.Booster(model_file=str(exported.files[0]))
+    assert served.num_trees() == 3
+    assert exported.expected is not None
+    assert np.allclose(served.predict(rows(exported)), exported.expected["outputs"])
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_xgboost(wrapped: bool, table: Any, tmp_path: Path) -> None:
+    frame, target = table
+    numbers = frame[["age", "spend"]]
+    model: Any = xgboost.XGBClassifier(n_estimators=5).fit(numbers, target)
+    model = model if wrapped else model.get_booster()
+    exported = export(model, tmp_path, numbers[:15])
+    served = xgboost.Booster(model_file=exported.files[0])
+    assert exported.expected is not None
+    assert np.allclose(served.predict(xgboost.DMatrix(rows(exported))), exported.expected["outputs"], rtol=1e-6)
+
+
+def test_xgboost_trained_on_names_predicts_an_array_sample(table: Any, tmp_path: Path) -> None:
+    frame, target = table
+    model = xgboost.XGBRegressor(n_estimators=3).fit(frame[["age", "spend"]], target)
+    exported = export(model, tmp_path, frame[["age", "spend"]].to_numpy()[:5])
+    assert exported.sample is not None
+    assert isinstance(exported.sample["inputs"][0], list)
+    assert exported.expected is not None
+    assert np.allclose(model.predict(frame[["age", "spend"]][:5]), exported.expected["outputs"])
+
+
+def test_a_sklearn_pipeline_with_strings(table: Any, tmp_path: Path) -> None:
+    from skops import io
+
+    frame, target = table
+    frame = frame[["age", "plan"]].astype({"plan": object})
+    model = make_pipeline(
+        make_column_transformer((StandardScaler(), ["age"]), (OneHotEncoder(), ["plan"])), LogisticRegression()
+    ).fit(frame, target)
+    exported = export(model, tmp_path, frame[:10])
+    served = io.load(exported.files[0], trusted=io.get_untrusted_types(file=exported.files[0]))
+    assert exported.expected is not None
+    assert served.predict(rows(exported)).tolist() == exported.expected["outputs"]
+
+
+def test_onnx_is_written_as_it_is(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    shape = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 2])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 2])
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [shape], [result])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    exported = export(model, tmp_path, [[1.0, -2.0]])
+    assert onnx.load(exported.files[0]) == model
+    assert exported.sample == {"inputs": [[1.0, -2.0]]}
+
+
+def test_without_a_sample_nothing_is_predicted(table: Any, tmp_path: Path) -> None:
+    frame, target = table
+    model = lightgbm.LGBMRegressor(n_estimators=2, verbose=-1).fit(frame, target)
+    exported = export(model, tmp_path)
+    assert exported.sample is None
+    assert exported.expected is None
+
+
+@pytest.mark.parametrize(
+    ("model", "sample", "code"),
+    [
+        (lightgbm.LGBMClassifier(), None, "not_fitted"),
+        (xgboost.XGBClassifier(), None, "not_fitted"),
+        (LogisticRegression(), [[1.0]], "not_fitted"),
+        ({"a": "dict"}, None, "unknown_model"),
+        (LogisticRegression().fit([[0.0], [1.0]], [0, 1]), [[1.0, 2.0]], "bad_sample"),
+        (LogisticRegression().fit([[0.0], [1.0]], [0, 1]), [], "bad_sample"),
+    ],
+)
+def test_what_cannot_be_exported_says_why(model: Any, sample: Any, code: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as caught:
+        export(model, tmp_path, sample)
+    assert caught.value.code == code
+    assert caught.value.hint
+    assert "Traceback" not in str(caught.value)

@@ -1,0 +1,112 @@
+"""Tables become JSON rows that mean the same, and answers come back in the form of the question."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ekiben import ExportError, _sample
+
+
+def test_a_frame_becomes_objects_by_column_name_with_plain_values() -> None:
+    frame = pd.DataFrame(
+        {
+            "age": np.array([31, 40], dtype="int32"),
+            "rate": np.array([0.5, np.nan], dtype="float32"),
+            "plan": pd.Categorical(["pro", None], categories=["free", "pro"]),
+            "since": [pd.Timestamp("2026-01-02T03:04:05Z"), pd.NaT],
+            "active": [True, False],
+            "count": pd.array([1, None], dtype="Int64"),
+        }
+    )
+    body = _sample.body(frame)
+    assert json.loads(json.dumps(body, allow_nan=False)) == {
+        "inputs": [
+            {"age": 31, "rate": 0.5, "plan": "pro", "since": "2026-01-02T03:04:05+00:00", "active": True, "count": 1},
+            {"age": 40, "rate": None, "plan": None, "since": None, "active": False, "count": None},
+        ]
+    }
+
+
+def test_categories_that_are_numbers_stay_numbers() -> None:
+    frame = pd.DataFrame({"zone": pd.Categorical([3, 1])})
+    assert _sample.rows(frame) == [{"zone": 3}, {"zone": 1}]
+
+
+def test_a_frame_without_column_names_and_an_array_become_arrays() -> None:
+    values = np.array([[1.0, np.nan], [2.5, 3.0]])
+    assert _sample.rows(values) == [[1.0, None], [2.5, 3.0]]
+    assert _sample.rows(pd.DataFrame(values)) == [[1.0, None], [2.5, 3.0]]
+
+
+def test_lists_with_numpy_scalars_become_plain() -> None:
+    rows = [{"a": np.float32(0.5), "b": np.int64(3), "c": np.str_("x"), "d": np.datetime64("2026-01-02")}]
+    assert json.loads(json.dumps(_sample.rows(rows))) == [{"a": 0.5, "b": 3, "c": "x", "d": "2026-01-02"}]
+
+
+def test_texts_in_a_series_become_one_row_each() -> None:
+    assert _sample.body(pd.Series(["good", "bad"])) == {"inputs": ["good", "bad"]}
+
+
+def test_a_request_body_is_sent_as_it_is() -> None:
+    assert _sample.body({"phrase": "cat", "ids": np.array([1, 2])}) == {"phrase": "cat", "ids": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (pd.DataFrame({"x": [math.inf]}), "x holds an infinity"),
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns"),
+        (pd.DataFrame({"x": [complex(1, 2)]}), "x holds a builtins.complex"),
+        (object(), "no rows"),
+        (np.float64(3.0), "no rows"),
+    ],
+)
+def test_what_json_cannot_carry_is_refused_with_the_column_and_a_way_out(data: object, said: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        _sample.body(data)
+    assert said in caught.value.message
+    assert caught.value.code == "bad_sample"
+    assert caught.value.hint
+
+
+def test_a_sparse_matrix_is_refused_with_the_way_out() -> None:
+    import scipy.sparse
+
+    with pytest.raises(ExportError, match="toarray"):
+        _sample.body(scipy.sparse.csr_matrix([[1, 0]]))
+
+
+def test_answers_take_the_form_of_the_question() -> None:
+    frame = pd.DataFrame({"a": [1, 2]}, index=["x", "y"])
+    series = _sample.like(frame, [0.5, None])
+    assert list(series.index) == ["x", "y"]
+    assert series["x"] == 0.5
+    assert math.isnan(series["y"])
+    table = _sample.like(frame, [[0.1, 0.9], [0.8, 0.2]])
+    assert table.shape == (2, 2)
+    assert list(table.index) == ["x", "y"]
+    array = _sample.like(np.zeros((2, 1)), [1.0, 2.0])
+    assert array.dtype == float
+    assert list(_sample.like(np.zeros((2, 1)), ["a", "b"])) == ["a", "b"]
+    assert _sample.like([[1], [2]], [1, 2]) == [1, 2]
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(allow_infinity=False) | st.integers(-(2**53), 2**53) | st.none(), min_size=3, max_size=3),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_numbers_survive_the_way_through_json_bit_for_bit(rows: list[list[float | None]]) -> None:
+    array = np.array([[math.nan if v is None else v for v in row] for row in rows], dtype=float)
+    sent = json.loads(json.dumps(_sample.body(array), allow_nan=False))["inputs"]
+    back = np.array([[math.nan if v is None else v for v in row] for row in sent], dtype=float)
+    assert np.array_equal(array, back, equal_nan=True)
