@@ -11,11 +11,14 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from packaging.utils import canonicalize_name
 
 from builder_image.environment import Environment, made_once
 from builder_image.installer import Tools
@@ -120,7 +123,13 @@ def find(cache: Path, recipe: Recipe) -> Bento | None:
     if not (place / "bento.yaml").is_file():
         return None
     envs = tuple((name, value) for name, value in known["envs"])
-    return Bento(place, known["digest"], recipe.tag, known["schema"], recipe.predict, envs, reused=True)
+    return Bento(place, known["digest"], recipe.tag, known["schema"], _predict(recipe, known["schema"]), envs, True)
+
+
+def _predict(recipe: Recipe, schema: Mapping[str, Any]) -> str:
+    """The route of predictions: the kind's, or for a project `/predict` where there is one, else its first."""
+    routes = [str(route.get("route")) for route in schema.get("routes", []) if isinstance(route, dict)]
+    return recipe.predict if recipe.trusted or recipe.predict in routes or not routes else routes[0]
 
 
 def ensure(recipe: Recipe, *, environment: Environment, cache: Path, work: Path, tools: Tools) -> Bento:
@@ -135,6 +144,8 @@ def ensure(recipe: Recipe, *, environment: Environment, cache: Path, work: Path,
         if (known := find(cache, recipe)) is not None:
             return known
         answer = _inspect(recipe, environment, work, tools)
+        if not recipe.trusted:
+            _compare(recipe, answer)
         _write(fresh, recipe, answer)
         value = content_digest(tree(fresh))
         envs = [[env["name"], env["value"]] for env in answer["envs"] if env.get("stage", "all") != "build"]
@@ -232,9 +243,38 @@ def _answer(file: Path, output: str, code: int, context: str) -> dict[str, Any]:
     return dict(answer)
 
 
+def _compare(recipe: Recipe, answer: Mapping[str, Any]) -> None:
+    """Hold what the service said once it was imported against what was read from its source."""
+    if answer["unusual"]:
+        raise UserError(
+            "needs_dockerfile",
+            f"the service's image needs what layers cannot do: {'; '.join(map(str, answer['unusual']))[:400]}",
+            field="files",
+            hint="build this image with `bentoml containerize`, or name a base image that already has it",
+        )
+    wanted = str(answer["image"].get("python_version"))
+    if wanted != recipe.python:
+        raise UserError(
+            "bad_python",
+            f"the service's image asks for Python {wanted}, but Python {recipe.python} was used",
+            field="python",
+            hint=f"write python_version as a literal in the service's Image, or upload with python={wanted}",
+        )
+    locked = {pin.name for pin in recipe.lock.pins}
+    for line in str(answer["image"].get("python_requirements", "")).splitlines():
+        name = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line.strip())
+        if name is not None and canonicalize_name(name[0]) not in locked:
+            raise UserError(
+                "bad_requirements",
+                f"the service's image asks for {line.strip()[:80]!r}, which was not found by reading its source",
+                field="requirements",
+                hint="write it into requirements.txt",
+            )
+
+
 _SHAPE: dict[str, type] = {
     "service": str, "entry_service": str, "schema": dict, "openapi": dict, "services": list, "envs": list,
-    "labels": dict, "args": dict, "models": list, "included": list, "src_layout": bool, "image": dict,
+    "labels": dict, "args": dict, "models": list, "unusual": list, "included": list, "src_layout": bool, "image": dict,
     "dockerfile": str, "entrypoint": str, "bentofile": str, "bentoml_version": str,
 }  # fmt: skip
 

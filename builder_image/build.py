@@ -59,7 +59,7 @@ def build(spec: BuildSpec, progress: Progress, tools: Tools) -> BuildResult:
         environment=BuiltEnvironment(dir=installed.dir, python=installed.python, lock_digest=installed.lock_digest),
         lock=recipe.lock.text,
         predict=packed.predict,
-        schema=dict(packed.schema),
+        schema_=dict(packed.schema),
         image=image,
         stages=progress.stages,
     )
@@ -127,7 +127,7 @@ def _lock_of_kind(spec: BuildSpec, found: model.Model, python: str, tools: Tools
         raise InfrastructureError(
             "bad_kind", f"the kind {spec.kind.name} has no {Path(str(error.filename)).name}", hint="run `make lock`"
         ) from error
-    return lock.resolve([*own, *extra], python=python, work=spec.work, tools=tools)
+    return lock.resolve([*own, *extra], python=python, work=spec.work, tools=tools, known=spec.cache.locks)
 
 
 def _kind_toml(folder: Path) -> dict[str, Any]:

@@ -170,6 +170,12 @@ def install(
             field="requirements",
             hint="put its wheel into wheels/ of a project, or choose another version",
         )
+    if "hash mismatch" in lower:
+        raise InfrastructureError(
+            "digest_mismatch",
+            f"the package index offers another file than was locked: {text}",
+            hint="resolve the requirements again, and ask whoever runs the index why the file changed",
+        )
     if any(word in lower for word in ("failed to fetch", "error sending request", "timed out", "connect")):
         raise InfrastructureError(
             "index_unreachable",

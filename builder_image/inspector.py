@@ -110,12 +110,24 @@ def inspect(order: dict[str, Any]) -> dict[str, Any]:
         "included": included,
         "src_layout": bool(config.python.is_src_layout),
         "image": {**attrs.asdict(info), "scripts": list(image.scripts)},
+        "unusual": _unusual(image),
         "dockerfile": dockerfile,
         "entrypoint": (entrypoint / "frontend" / "dockerfile" / "entrypoint.sh").read_text(),
         "bentofile": bentofile.getvalue(),
         "bentoml_version": BENTOML_VERSION,
         "bento_yaml": BENTO_YAML_FILENAME,
     }
+
+
+def _unusual(image: Any) -> list[str]:
+    """What the image asks for beyond BentoML's standard one: no layer of files can do it."""
+    from bentoml._internal.container.frontend.dockerfile import CONTAINER_METADATA
+
+    standard = CONTAINER_METADATA["debian"]
+    found = [str(command) for command in (*image.commands, *image.post_commands)]
+    found = [command for command in found if command != standard["default_install_command"]]
+    base = standard["python"]["image"].format(spec_version=image.python_version)
+    return found if image.base_image == base else [f"base_image {image.base_image}", *found]
 
 
 class _Refused(Exception):

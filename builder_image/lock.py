@@ -8,6 +8,7 @@ each platform.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from builder_image.installer import Tools
 from registry import digest
 from registry.errors import InfrastructureError, UserError
 
+_FORMAT = 1
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _HASH = re.compile(r"\s--hash[= ](\S+)")
 _COMMENT = re.compile(r"(^|\s)#.*$")
@@ -145,14 +147,39 @@ def resolve(
     work: Path,
     tools: Tools,
     wheels: Path | None = None,
+    known: Path | None = None,
 ) -> Lock:
     """Resolve requirement lines into a universal lock with hashes, from wheels only.
+
+    `known` is a folder of earlier resolutions: the same requirements give the same lock, also tomorrow and without a
+    network, so that new weights do not bring new packages.
 
     `python` is a minor version such as `3.11`; `wheels` a folder of the user's own wheels, each of which wins over the
     index, so that nobody can publish a newer package under a private name. Raises UserError
     `unresolvable_requirements`, `no_wheel` or `bad_requirements`, InfrastructureError `index_unreachable`.
     """
     own = own_wheels(wheels) if wheels is not None else {}
+    asked = [_FORMAT, sorted(requirements), python, sorted((name, wheel.hashes) for name, wheel in own.items())]
+    memory = None if known is None else known / f"{digest.of_json(asked)[7:]}.txt"
+    if memory is not None and memory.is_file():
+        return parse(memory.read_text())
+    lock = _resolve(requirements, own, python, work, tools, wheels)
+    if memory is not None:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        draft = memory.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(lock.text)
+        os.replace(draft, memory)
+    return lock
+
+
+def _resolve(
+    requirements: Sequence[str],
+    own: Mapping[str, OwnWheel],
+    python: str,
+    work: Path,
+    tools: Tools,
+    wheels: Path | None,
+) -> Lock:
     source, constraints, output = work / "requirements.in", work / "constraints.txt", work / "requirements.lock"
     source.write_text("".join(_HASH.sub("", " " + line).strip() + "\n" for line in requirements))
     constraints.write_text("".join(f"{name}=={wheel.version}\n" for name, wheel in own.items()))

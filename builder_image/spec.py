@@ -32,7 +32,16 @@ class Cache(_Frozen):
 
     environments: Path
     bentos: Path
-    layers: Path | None = None
+
+    @property
+    def locks(self) -> Path:
+        """Resolutions made before."""
+        return self.environments / "locks"
+
+    @property
+    def layers(self) -> Path:
+        """Layers of images, and what is known of those in a registry."""
+        return self.environments / "layers"
 
 
 class Push(_Frozen):
