@@ -48,7 +48,9 @@ def compare(expected: Any, actual: Any, rtol: float, atol: float) -> Comparison:
     if len(rows) != len(answers):
         said = f"{len(answers)} values instead of {len(rows)} in {name or 'body'}"
         return Comparison(len(rows), 0, said)
-    differences = [_difference(e, a, f"{name}[{i}]", rtol, atol) for i, (e, a) in enumerate(zip(rows, answers, strict=True))]
+    differences = [
+        _difference(e, a, f"{name}[{i}]", rtol, atol) for i, (e, a) in enumerate(zip(rows, answers, strict=True))
+    ]
     first = next((d for d in differences if d), None)
     if first is None and isinstance(expected, dict):
         first = _difference({**expected, name: []}, {**actual, name: []}, "body", rtol, atol)

@@ -98,7 +98,9 @@ class ModelFolder:
         """The file `name`, or the model's only file. Raises StartError `model_load_failed`."""
         if name is None:
             if len(self.files) != 1:
-                message = f"a {self.kind} model is one file; this version has {len(self.files)}: {', '.join(self.files)}"
+                message = (
+                    f"a {self.kind} model is one file; this version has {len(self.files)}: {', '.join(self.files)}"
+                )
                 raise StartError("model_load_failed", message[:500], "upload the model file alone")
             name = self.files[0]
         return self.root / "files" / name

@@ -188,7 +188,9 @@ def _from_validation(errors: list[Any], status: int) -> Problem:
         case "missing":
             return Problem("missing_field", f"{field} is missing", field=field, hint=_DOCS, status=422)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return Problem("invalid_field", f"{field or 'body'}: {message}{more}", field=field or "body", hint=_DOCS, status=422)
+    return Problem(
+        "invalid_field", f"{field or 'body'}: {message}{more}", field=field or "body", hint=_DOCS, status=422
+    )
 
 
 def _path_of(loc: Any) -> str:

@@ -118,9 +118,7 @@ def application(service: Any) -> Starlette:
             hint = "upload the model with a sample: a body for its predict route"
             return _problem(Problem("no_sample", "this version came without a sample", hint=hint, status=404))
         sample = about.folder.sample() if about.folder else None
-        return _json(
-            {**checked.document(), "input": sample if sample is not None else about.example, "output": answer}
-        )
+        return _json({**checked.document(), "input": sample if sample is not None else about.example, "output": answer})
 
     async def docs(request: Request) -> Response:
         who, _ = served(request)

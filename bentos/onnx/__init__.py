@@ -1,0 +1,1 @@
+"""The kind `onnx`: networks and pipelines in the ONNX format."""

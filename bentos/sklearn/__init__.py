@@ -1,0 +1,1 @@
+"""The kind `sklearn`: scikit-learn estimators and pipelines saved by skops."""

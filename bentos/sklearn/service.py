@@ -1,0 +1,279 @@
+"""Serve a scikit-learn estimator or pipeline from a skops file; no type outside of a fixed list is ever loaded."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import bentoml
+
+from bentos import serving
+from bentos.serving.schema import inputs_schema, outputs_schema
+
+_METHODS = ("predict", "predict_proba")
+
+# What skops does not trust by itself, and a fitted scikit-learn model may hold. Trees hold indices that scikit-learn
+# follows unchecked: a crafted file may crash this process, which serves that file alone. Nothing here calls what the
+# file names: no partial, no bound methods, no code of others.
+TRUSTED = frozenset(
+    """
+    collections.OrderedDict
+    collections.defaultdict
+    numpy.dtype
+    numpy.max
+    numpy.mean
+    numpy.median
+    numpy.min
+    numpy.sum
+    numpy.random._generator.Generator
+    numpy.random.mtrand.RandomState
+    scipy.interpolate._bsplines.BSpline
+    scipy.sparse._csc.csc_array
+    scipy.sparse._csc.csc_matrix
+    scipy.sparse._csr.csr_array
+    scipy.sparse._csr.csr_matrix
+    sklearn._loss.link.HalfLogitLink
+    sklearn._loss.link.IdentityLink
+    sklearn._loss.link.Interval
+    sklearn._loss.link.LogLink
+    sklearn._loss.link.LogitLink
+    sklearn._loss.link.MultinomialLogit
+    sklearn._loss.loss.AbsoluteError
+    sklearn._loss.loss.ExponentialLoss
+    sklearn._loss.loss.HalfBinomialLoss
+    sklearn._loss.loss.HalfGammaLoss
+    sklearn._loss.loss.HalfMultinomialLoss
+    sklearn._loss.loss.HalfPoissonLoss
+    sklearn._loss.loss.HalfSquaredError
+    sklearn._loss.loss.HalfTweedieLoss
+    sklearn._loss.loss.HalfTweedieLossIdentity
+    sklearn._loss.loss.HuberLoss
+    sklearn._loss.loss.PinballLoss
+    sklearn.calibration._CalibratedClassifier
+    sklearn.calibration._SigmoidCalibration
+    sklearn.cluster._bisect_k_means._BisectingTree
+    sklearn.cluster._kmeans._kmeans_single_elkan
+    sklearn.cluster._kmeans._kmeans_single_lloyd
+    sklearn.compose._column_transformer._RemainderColsList
+    sklearn.compose._column_transformer.make_column_selector
+    sklearn.ensemble._hist_gradient_boosting.binning._BinMapper
+    sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor
+    sklearn.feature_selection._univariate_selection.chi2
+    sklearn.feature_selection._univariate_selection.f_classif
+    sklearn.feature_selection._univariate_selection.f_regression
+    sklearn.gaussian_process._gpc._BinaryGaussianProcessClassifierLaplace
+    sklearn.gaussian_process.kernels.CompoundKernel
+    sklearn.gaussian_process.kernels.ConstantKernel
+    sklearn.gaussian_process.kernels.DotProduct
+    sklearn.gaussian_process.kernels.ExpSineSquared
+    sklearn.gaussian_process.kernels.Exponentiation
+    sklearn.gaussian_process.kernels.Hyperparameter
+    sklearn.gaussian_process.kernels.Matern
+    sklearn.gaussian_process.kernels.PairwiseKernel
+    sklearn.gaussian_process.kernels.Product
+    sklearn.gaussian_process.kernels.RBF
+    sklearn.gaussian_process.kernels.RationalQuadratic
+    sklearn.gaussian_process.kernels.Sum
+    sklearn.gaussian_process.kernels.WhiteKernel
+    sklearn.metrics._dist_metrics.ChebyshevDistance64
+    sklearn.metrics._dist_metrics.EuclideanDistance64
+    sklearn.metrics._dist_metrics.ManhattanDistance64
+    sklearn.metrics._dist_metrics.MinkowskiDistance64
+    sklearn.multiclass._ConstantPredictor
+    sklearn.neighbors._ball_tree.BallTree
+    sklearn.neighbors._kd_tree.KDTree
+    sklearn.neural_network._stochastic_optimizers.AdamOptimizer
+    sklearn.neural_network._stochastic_optimizers.SGDOptimizer
+    sklearn.tree._tree.Tree
+    sklearn.utils._bunch.Bunch
+    """.split()
+)
+
+
+@serving.offer
+@bentoml.service(name="sklearn", image=serving.image(__file__))
+class Sklearn:
+    def __init__(self) -> None:
+        self.model = Model(serving.folder(__file__))
+        self.about = self.model.about
+
+    @bentoml.api(route="/predict")
+    async def predict(self, inputs: list[Any], method: str = "predict") -> dict[str, list[Any]]:
+        """One value per row; with `"method": "predict_proba"` a list of probabilities, in the order of /label."""
+        answer: dict[str, list[Any]] = await serving.answer(lambda rows: self.model.outputs(rows, method), inputs)
+        return answer
+
+
+class Model:
+    """An estimator with its columns. Raises StartError `model_load_failed` when the file is not what it should be."""
+
+    def __init__(self, folder: serving.ModelFolder) -> None:
+        import numpy
+        import pandas
+
+        self._numpy, self._pandas = numpy, pandas
+        self.estimator = _load(folder)
+        _one_thread(self.estimator)
+        width = getattr(self.estimator, "n_features_in_", None)
+        names = getattr(self.estimator, "feature_names_in_", None)
+        sample = folder.sample()
+        self.table = None if width is None else _table(self.estimator, int(width), names, sample)
+        self._frame = names is not None
+        classes = getattr(self.estimator, "classes_", None)
+        labels = classes.tolist() if isinstance(classes, numpy.ndarray) else None
+        self.methods = tuple(m for m in _METHODS if hasattr(self.estimator, m))
+        if "predict" not in self.methods:
+            message = f"{folder.path().name} holds a {type(self.estimator).__name__}, which does not predict"
+            raise serving.StartError("model_load_failed", message, "save the whole pipeline with its last estimator")
+        row = self.table.row_schema() if self.table else {"type": "string"}
+        body = inputs_schema(row)
+        body["properties"]["method"] = {"enum": list(self.methods), "default": "predict"}
+        self.about = serving.About(
+            kind="sklearn",
+            format="skops",
+            folder=folder,
+            input=body,
+            output=outputs_schema({"enum": labels} if labels and "predict_proba" not in self.methods else {}),
+            classes=labels,
+            example={"inputs": [self.table.example_row() if self.table else "some text"]},
+            details={"estimator": type(self.estimator).__name__, "methods": list(self.methods)},
+        )
+
+    def outputs(self, inputs: list[Any], method: str = "predict") -> list[Any]:
+        """Predictions in the order of the rows. Raises Problem naming the row and column that does not fit."""
+        if method not in self.methods:
+            detail = f"this model has no method {method[:50]!r}"
+            raise serving.Problem("unknown_method", detail, field="method", hint=f"one of: {', '.join(self.methods)}")
+        rows = self._rows(inputs)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # unknown categories and the like: the model was made to take them
+                values = getattr(self.estimator, method)(rows)
+        except (ValueError, TypeError) as error:
+            raise self._refused(inputs, error) from error
+        listed: list[Any] = self._numpy.asarray(values).tolist()
+        return listed
+
+    def _rows(self, inputs: list[Any]) -> Any:
+        if self.table is None:
+            for i, row in enumerate(inputs):
+                if type(row) is not str:
+                    hint = "this model takes texts: every row is a string"
+                    raise serving.Problem("wrong_type", f"inputs[{i}] is not a string", field=f"inputs[{i}]", hint=hint)
+            return inputs
+        records = self.table.records(inputs)
+        if not self._frame and not any(c.text or c.categories is not None for c in self.table.columns):
+            return self._numpy.array(records, dtype=float)
+        columns = list(zip(*records, strict=True))
+        series = {
+            i: self._series(values, c) for i, (values, c) in enumerate(zip(columns, self.table.columns, strict=True))
+        }
+        frame = self._pandas.DataFrame(series)
+        if not self._frame:
+            return frame.to_numpy(dtype=object)
+        frame.columns = list(self.table.names)
+        return frame
+
+    def _series(self, values: tuple[Any, ...], column: serving.Column) -> Any:
+        if column.text or any(isinstance(c, str) for c in column.categories or ()):
+            return self._pandas.Series([math.nan if v is None else v for v in values], dtype=object)
+        return self._numpy.array(values, dtype=float)
+
+    def _refused(self, inputs: list[Any], error: Exception) -> serving.Problem:
+        said = str(error).split("\n")[0][:500]
+        if self.table is not None:
+            for i, row in enumerate(self.table.records(inputs)):
+                for column, value in zip(self.table.columns, row, strict=True):
+                    if value is None or (type(value) is float and math.isnan(value)):
+                        place = f"inputs[{i}].{column.name}" if self.table.named else f"inputs[{i}]"
+                        detail = f"{place} is missing, and the model does not take that: {said}"
+                        return serving.Problem("missing_value", detail, field=place, hint="send a value")
+        hint = "compare the rows with those that the model was trained on"
+        return serving.Problem("prediction_refused", f"the model refuses these rows: {said}", field="inputs", hint=hint)
+
+
+def _load(folder: serving.ModelFolder) -> Any:
+    import skops.io
+
+    path = folder.path()
+    hint = "save it with skops.io.dump; pack other classes with their code as a project"
+    try:
+        unknown = set(skops.io.get_untrusted_types(file=path)) - TRUSTED
+        if unknown:
+            message = f"{path.name} holds types that are not served: {', '.join(sorted(unknown))[:500]}"
+            raise serving.StartError("model_load_failed", message, hint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return skops.io.load(path, trusted=sorted(TRUSTED))
+    except serving.StartError:
+        raise
+    except Exception as error:  # a damaged zip, array or schema fails in many ways
+        message = f"{path.name} cannot be loaded: {type(error).__name__}: {str(error)[:500]}"
+        raise serving.StartError("model_load_failed", message, hint) from error
+
+
+def _one_thread(estimator: Any) -> None:
+    """Forests trained with n_jobs=-1 would start threads for each request."""
+    for key in estimator.get_params(deep=True):
+        if key.split("__")[-1] == "n_jobs":
+            estimator.set_params(**{key: None})
+
+
+def _table(estimator: Any, width: int, names: Any, sample: Any) -> serving.Table:
+    """Columns as the encoders at the pipeline's start know them, else as the sample shows them, else numbers."""
+    known = _encoded(estimator, width, names)
+    shown = _shown_as_text(sample, width, names)
+    columns = []
+    for i in range(width):
+        name = str(names[i]) if names is not None else f"x{i}"
+        categories, closed = known.get(i, (None, False))
+        text = i in shown or any(isinstance(c, str) for c in categories or ())
+        if categories and closed:
+            columns.append(serving.Column(name, categories=tuple(categories)))
+        elif text:
+            example = next((c for c in categories or () if isinstance(c, str)), "")
+            columns.append(serving.Column(name, text=True, example=example))
+        else:
+            columns.append(serving.Column(name, example=categories[0] if categories else 0.0))
+    return serving.Table(tuple(columns), named=names is not None)
+
+
+def _encoded(estimator: Any, width: int, names: Any) -> dict[int, tuple[list[Any], bool]]:
+    """Column → (categories of the encoder that sees it first, whether other values are refused)."""
+    steps = getattr(estimator, "steps", None)
+    first = steps[0][1] if steps else estimator
+    if steps and not hasattr(first, "transformers_") and hasattr(first, "categories_"):
+        return _of_encoder(first, list(range(width)))
+    found: dict[int, tuple[list[Any], bool]] = {}
+    places = {str(n): i for i, n in enumerate(names)} if names is not None else {}
+    for _, transformer, columns in getattr(first, "transformers_", ()):
+        try:
+            at = [places[c] if isinstance(c, str) else int(c) for c in columns]
+        except (KeyError, TypeError, ValueError):
+            continue  # a slice or a mask: the sample or the model itself will tell
+        inner = [s for _, s in transformer.steps] if hasattr(transformer, "steps") else [transformer]
+        encoder = next((s for s in inner if hasattr(s, "categories_")), None)
+        if encoder is not None and len(encoder.categories_) == len(at):
+            found.update(_of_encoder(encoder, at, imputed=encoder is not inner[0]))
+    return found
+
+
+def _of_encoder(encoder: Any, at: list[int], imputed: bool = False) -> dict[int, tuple[list[Any], bool]]:
+    closed = getattr(encoder, "handle_unknown", "error") == "error" and not imputed
+    found = {}
+    for i, categories in zip(at, encoder.categories_, strict=True):
+        listed = [c.item() if hasattr(c, "item") else c for c in categories.tolist()]
+        values = [c for c in listed if c is not None and c == c]  # NaN stands for missing
+        found[i] = (values, closed)
+    return found
+
+
+def _shown_as_text(sample: Any, width: int, names: Any) -> set[int]:
+    rows = sample.get("inputs") if isinstance(sample, dict) else None
+    shown: set[int] = set()
+    for row in rows if isinstance(rows, list) else []:
+        cells = [row.get(str(n)) for n in names] if isinstance(row, dict) and names is not None else row
+        if isinstance(cells, list):
+            shown |= {i for i, cell in enumerate(cells[:width]) if isinstance(cell, str)}
+    return shown
