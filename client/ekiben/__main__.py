@@ -32,15 +32,20 @@ def main() -> None:
     app()()
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ekiben {ekiben.__version__}")
+        raise typer.Exit
+
+
 def _options(
     ctx: typer.Context,
     url: Url = None,
     as_json: Json = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
-    if version:
-        print(f"ekiben {ekiben.__version__}")
-        raise typer.Exit
     ctx.obj = Chosen(url, as_json)
 
 

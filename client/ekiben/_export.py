@@ -43,6 +43,8 @@ def export(model: Any, folder: Path, sample: Any = None) -> Exported:
             field="model",
             hint="save it as ONNX, or push a project around it: ekiben init --from FILE",
         )
+    if writer is _onnx:
+        sample = _rows_of_tensor(model, sample)
     body = None if sample is None else _sample.body(sample)
     if body is not None and not body.get("inputs"):
         raise ExportError(
@@ -161,7 +163,62 @@ def _onnx(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
             field="model",
             hint="onnx.save_model(model, path, save_as_external_data=True), then push the files",
         ) from None
-    return file, None
+    return file, None if sample is None else _onnx_outputs(file, sample)
+
+
+def _onnx_outputs(file: Path, sample: Any) -> list[Any] | None:
+    """One value a row, as the kind `onnx` answers: of the only output, or an object by output name."""
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+        numpy = importlib.import_module("numpy")
+    except ImportError:
+        return None
+    rows = _sample.rows(sample)
+
+    def run() -> list[Any]:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        inputs, names = session.get_inputs(), [output.name for output in session.get_outputs()]
+        feed = {}
+        for at, tensor in enumerate(inputs):
+            if len(inputs) == 1:
+                cells = [row[tensor.name] if isinstance(row, dict) else row for row in rows]
+            else:
+                cells = [row[tensor.name] if isinstance(row, dict) else row[at] for row in rows]
+            kind = tensor.type.removeprefix("tensor(").removesuffix(")")
+            dtype = {"float": "float32", "double": "float64", "string": "object"}.get(kind, kind)
+            values = numpy.array(cells, dtype=dtype)
+            # A column of a table is [rows, 1] to the model; a row of it may be written 3 or [3].
+            column = len(tensor.shape) == 2 and tensor.shape[1] == 1
+            feed[tensor.name] = values.reshape(-1, 1) if column else values
+        answers = [_listed(answer) for answer in session.run(names, feed)]
+        if len(names) == 1:
+            return answers[0]
+        return [dict(zip(names, values, strict=True)) for values in zip(*answers, strict=True)]
+
+    outputs: list[Any] = _predicted(lambda _: run(), rows)
+    # A model that has no batch dimension answers otherwise for many rows than row by row; the server then only runs it.
+    return outputs if len(outputs) == len(rows) else None
+
+
+def _listed(answer: Any) -> list[Any]:
+    values = list(answer) if isinstance(answer, list) else answer.tolist()
+    return [
+        {str(key): item for key, item in value.items()}
+        if isinstance(value, dict)
+        else value[0]
+        if isinstance(value, list) and len(value) == 1
+        else value
+        for value in values
+    ]
+
+
+def _rows_of_tensor(model: Any, sample: Any) -> Any:
+    """A frame for a model with one input tensor has its rows there, not its columns."""
+    constants = {constant.name for constant in model.graph.initializer}
+    inputs = [tensor for tensor in model.graph.input if tensor.name not in constants]
+    if len(inputs) == 1 and hasattr(sample, "to_numpy") and list(map(str, sample.columns)) != [inputs[0].name]:
+        return sample.to_numpy()
+    return sample
 
 
 def _predicted(predict: Any, table: Any) -> Any:

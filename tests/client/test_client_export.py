@@ -112,6 +112,9 @@ def test_onnx_is_written_as_it_is(tmp_path: Path) -> None:
     exported = export(model, tmp_path, [[1.0, -2.0]])
     assert onnx.load(exported.files[0]) == model
     assert exported.sample == {"inputs": [[1.0, -2.0]]}
+    assert exported.expected == {"outputs": [[1.0, 0.0]]}
+    framed = export(model, tmp_path, pd.DataFrame({"a": [1.0], "b": [-2.0]}))
+    assert framed.sample == exported.sample, "a frame for one tensor has its rows there"
 
 
 def test_without_a_sample_nothing_is_predicted(table: Any, tmp_path: Path) -> None:
