@@ -25,7 +25,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml client/pyproject.toml
 	@touch $@
 
 demo: setup ## the whole way of a model, on this machine, in about a minute
-	@$(BIN)/python -m benchmarks.demo
+	@$(BIN)/python -m scripts.demo
 
 up: setup ## start the service in the background (http://localhost:8000)
 	@$(BIN)/ekiben up

@@ -78,7 +78,7 @@ class Service:
     def links(self) -> views.Links:
         return self._links()
 
-    def intake(self) -> intake.Intake:
+    def new_intake(self) -> intake.Intake:
         settings = self.settings
         limits = intake.Limits(
             settings.max_upload, settings.max_files, settings.max_field, settings.min_free_disk, settings.root
@@ -128,9 +128,13 @@ class Service:
         return view, new
 
     def submit_build(self, connection: Connection, row: versions.Version, image: dict[str, Any] | None) -> state.Build:
-        kind = self.kinds.named(row.kind)
-        whole = identity.of_build(row, kind.digest, image)
+        whole = identity.of_build(row, self._kind_digest(row.kind), image)
         return state.submit_build(connection, identity.build_id(whole), whole, row.id, image)
+
+    def _kind_digest(self, name: str) -> str | None:
+        """Asked for each time: a kind that is being worked on gives new builds without a restart. A project's code is
+        in its version."""
+        return None if name == intake.PROJECT else self.kinds.named(name).digest()
 
     def _target(self, connection: Connection, name: str, row: versions.Version, build: state.Build) -> None:
         """A new upload takes over a deployment of its name as it is set up; else it makes one."""
@@ -196,7 +200,7 @@ def router(service: Service) -> APIRouter:
     ) -> shapes.VersionView:
         """Upload a model: multipart form, or a raw body with ?name=&filename=. Answers before it is built, unless
         ?wait= is given."""
-        taken = service.intake()
+        taken = service.new_intake()
         declared = request.headers.get("content-length", "")
         try:
             await intake.receive(
@@ -423,7 +427,7 @@ def router(service: Service) -> APIRouter:
                 formats=list(kind.formats),
                 device=kind.device,
             )
-            for kind in service.kinds
+            for kind in service.kinds.all
         ]
         return shapes.Page(items=items)
 

@@ -55,6 +55,7 @@ def create_app(settings: Settings, *, port: int) -> Application:
     """The service with its parts; they start with the application's lifespan. `port` is where it listens."""
     root = settings.root
     lock = _claim(root)
+    (root / "url").unlink(missing_ok=True)
     database = Database(settings.database_url)
     database.create()
     store = DirectoryStore(root / "objects")
@@ -84,10 +85,14 @@ def create_app(settings: Settings, *, port: int) -> Application:
         reconciler.start()
         if projection is not None:
             projection.start()
+        # Where a client on this machine finds the service, whatever port it took.
+        address = root / "url"
+        address.write_text(links.base + "\n")
         log.info("service is up", url=links.base, home=str(root))
         try:
             yield
         finally:
+            address.unlink(missing_ok=True)
             reconciler.close()
             if projection is not None:
                 projection.close()

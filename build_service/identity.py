@@ -15,7 +15,7 @@ from registry.versions import Version
 FORMAT = 1  # of what a build leaves behind; raised when equal inputs would give other results
 
 
-def of_build(version: Version, kind_digest: str, image: dict[str, Any] | None) -> str:
+def of_build(version: Version, kind_digest: str | None, image: dict[str, Any] | None) -> str:
     """Digest of everything that a build's result depends on."""
     return digest.of_json(
         {

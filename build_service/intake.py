@@ -32,6 +32,7 @@ _CHUNK = 1024 * 1024
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
 _PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 FILE_FIELDS = ("file",)
+PROJECT = formats.project.KIND
 # Small texts that may come as a field or as a file.
 TEXT_FIELDS = ("name", "kind", "sample", "expected", "requirements", "python", "labels", "deploy", "force")
 
@@ -178,8 +179,8 @@ class Intake:
         name = self._name()
         self._expand_archive()
         recognised = formats.recognise([(file.path, file.size) for file in self._files], self._open_stored)
-        kind = self._kinds.choose(recognised, self._text("kind"))
-        if kind.code and not allow_code:
+        kind = formats.choose_kind(recognised, self._kinds, self._text("kind"))
+        if kind == PROJECT and not allow_code:
             raise UserError(
                 "run_code_not_allowed",
                 "This upload is a project with code of its own, which this service does not run.",
@@ -187,8 +188,9 @@ class Intake:
                 hint="Upload the model alone, or let the operator set EKIBEN_RUN_CODE=true.",
                 status=403,
             )
-        sample, expected = self._samples(kind.generic)
-        if recognised.signature is not None and sample is not None and kind.generic:
+        generic = kind != PROJECT and self._kinds.named(kind).generic
+        sample, expected = self._samples(generic)
+        if generic and recognised.signature is not None and sample is not None:
             signature.check_sample(recognised.signature, sample)
         force = self._flag("force", False)
         if not force and recognised.signature is not None:
@@ -198,7 +200,7 @@ class Intake:
         labels = self._labels()
         deploy = self._flag("deploy", True)
         manifest = Manifest(
-            kind=kind.name,
+            kind=kind,
             format=recognised.format,
             files=tuple(self._files),
             sample=self._attach("sample.json", sample),
@@ -236,23 +238,17 @@ class Intake:
             return
         only = self._files[0]
         with self._open_stored(only.path) as stream:
-            packed = archive.detect(stream, only.path)
-        if packed is None:
-            return
-        self._files, self._paths = [], {}
-        self._filename = only.path
-        limits = archive.Limits(files=self._limits.files, bytes=self._limits.upload, packed=only.size)
-        self._total = 0
-        with self._open_stored(only.path) as stream:
-            for member in archive.members(stream, packed, limits, strip_top=True):
+            if not archive.is_archive(stream):
+                return
+            self._files, self._paths, self._total = [], {}, 0
+            limits = archive.Limits(files=self._limits.files, total=self._limits.upload)
+            for member in archive.members(stream, limits, strip_top=True):
                 self._open(member.path)
-                for chunk in iter(lambda member=member: member.read(_CHUNK), b""):  # type: ignore[misc]
+                while chunk := member.reader.read(_CHUNK):
                     self.write(chunk)
                 self.end_file()
         if collision_key(only.path) not in self._paths:
             self._store.delete(f"{self.location}/files/{only.path}")
-        if not self._files:
-            raise UserError("archive_empty", "The archive has no files.", field="file")
 
     def _samples(self, generic: bool) -> tuple[Any, Any]:
         """Sample and expected as request and response bodies; a sample file may carry its outputs along."""

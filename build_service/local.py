@@ -305,8 +305,18 @@ class LocalPlatform:
                 return  # the memory is not free yet
         mine = [replica for replica in served.replicas if replica.order.revision == wanted.revision]
         if wanted.revision not in served.failures and time.monotonic() >= served.restart_at:
-            for _ in range(wanted.replicas - len(mine)):
-                mine.append(self._launch(served, wanted))
+            try:
+                for _ in range(wanted.replicas - len(mine)):
+                    mine.append(self._launch(served, wanted))
+            except OSError as error:
+                log.exception("a serving process could not be started", deployment=wanted.deployment)
+                served.failures[wanted.revision] = Failure(
+                    "start_failed",
+                    f"The process of the model could not be started: {error}.",
+                    hint="If its environment was deleted, build the version again.",
+                    user=False,
+                )
+                self._wake()
         ready = [replica for replica in mine if replica.ready]
         if len(ready) > wanted.replicas:
             for replica in ready[wanted.replicas :]:
@@ -352,7 +362,7 @@ class LocalPlatform:
             scratch = folder / "scratch"
             scratch.mkdir(exist_ok=True)
             child = processes.Child(
-                [order.build["environment"]["python"], "-m", "bentos.serving"],
+                [str(Path(order.build["environment"]["dir"], "bin", "python")), "-m", "bentos.serving"],
                 environment=self._serving_environment(order, termination, listening.fileno(), scratch),
                 folder=scratch,
                 records=self._records,

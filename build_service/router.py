@@ -35,6 +35,8 @@ _HOP_BY_HOP = frozenset(
         b"trailer", b"transfer-encoding", b"upgrade",
     )
 )  # fmt: skip
+# Set by this service itself on the way out.
+_REPLACED = frozenset((b"date", b"server", b"x-request-id"))
 _CHUNK = 256 * 1024
 _SMALL_BODY = 1024 * 1024  # bodies up to here are read whole, so that they can be handed to another process
 _PATIENCE_SECONDS = 2.0  # how long a request waits for a process while a deployment changes over
@@ -172,7 +174,9 @@ class Router:
                     skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
                 ) as response:
                     out = [
-                        (key.lower(), value) for key, value in response.raw_headers if key.lower() not in _HOP_BY_HOP
+                        (key.lower(), value)
+                        for key, value in response.raw_headers
+                        if key.lower() not in _HOP_BY_HOP and key.lower() not in _REPLACED
                     ]
                     await send({"type": "http.response.start", "status": response.status, "headers": out})
                     started = True
@@ -212,8 +216,9 @@ def _request_headers(scope: Scope, length: int | None) -> list[tuple[str, str]]:
     headers = [
         (key.decode("latin-1"), value.decode("latin-1"))
         for key, value in scope["headers"]
-        if key.lower() not in _HOP_BY_HOP
+        if key.lower() not in _HOP_BY_HOP and key.lower() != b"x-request-id"
     ]
+    headers.append(("X-Request-ID", structlog.contextvars.get_contextvars().get("request_id", "")))
     client = scope.get("client")
     if client:
         headers.append(("X-Forwarded-For", client[0]))

@@ -1,8 +1,8 @@
 """Files that are made by a program: locks, the OpenAPI document, the README's table of figures.
 
-    python -m scripts.generated --write    make them again
-    python -m scripts.generated --check    fail if one is not current
-    python -m scripts.generated --locks    resolve every lock again, with today's newest versions
+python -m scripts.generated --write    make them again
+python -m scripts.generated --check    fail if one is not current
+python -m scripts.generated --locks    resolve every lock again, with today's newest versions
 """
 
 from __future__ import annotations
