@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import os
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
-from builder_image import image, layers, layout, tarball
+from builder_image import image, installer, layers, layout, tarball
+from builder_image.process import Processes, tool_environment
 from registry.digest import canonical_json
+from registry.manifest import Attachment, File, Manifest
 
 
 @dataclass
@@ -36,7 +41,7 @@ StartRegistry = Callable[..., RegistryServer]
 
 @pytest.fixture
 def start_registry(tmp_path: Path) -> Iterator[StartRegistry]:
-    """Start Debian's docker-registry on a free loopback port; keyword arguments are added to its configuration (YAML)."""
+    """Start Debian's docker-registry on a free loopback port; arguments are added to its configuration (YAML)."""
     program = shutil.which("docker-registry")
     if program is None:
         pytest.skip("docker-registry is not installed (apt-get install docker-registry)")
@@ -164,3 +169,88 @@ def make_image(small_base: image.BaseImage, tmp_path: Path, make_model: MakeMode
 
 def _placed(path: str, data: bytes) -> list[tarball.Entry]:
     return [*tarball.folders_above(path), tarball.file(path, data)]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    """A folder of wheels that stands for a package index."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def make_wheel() -> Callable[..., Path]:
+    """make_wheel(folder, name, version, requires=(), tag="py3-none-any", files={}, scripts={}) → the wheel's path."""
+
+    def make(
+        folder: Path,
+        name: str,
+        version: str,
+        requires: Sequence[str] = (),
+        tag: str = "py3-none-any",
+        files: Mapping[str, str] | None = None,
+        scripts: Mapping[str, str] | None = None,
+    ) -> Path:
+        info = f"{name}-{version}.dist-info"
+        needed = [f"Requires-Dist: {one}" for one in requires]
+        content = dict(files or {f"{name}/__init__.py": f"VERSION = {version!r}\n"})
+        content[f"{info}/METADATA"] = "\n".join(
+            ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *needed]
+        )
+        content[f"{info}/WHEEL"] = f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n"
+        if scripts:
+            lines = "".join(f"{command} = {target}\n" for command, target in scripts.items())
+            content[f"{info}/entry_points.txt"] = f"[console_scripts]\n{lines}"
+        record = ""
+        for path, text in content.items():
+            value = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+            record += f"{path},sha256={value},{len(text.encode())}\n"
+        content[f"{info}/RECORD"] = record + f"{info}/RECORD,,\n"
+        folder.mkdir(parents=True, exist_ok=True)
+        wheel = folder / f"{name}-{version}-{tag}.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for path, text in content.items():
+                archive.writestr(zipfile.ZipInfo(path, (2020, 1, 1, 0, 0, 0)), text)
+        return wheel
+
+    return make
+
+
+@pytest.fixture
+def tools(index: Path, tmp_path: Path) -> installer.Tools:
+    """uv with nothing but the wheels in `index`."""
+    outer = {**os.environ, "UV_NO_INDEX": "1", "UV_FIND_LINKS": str(index), "UV_CACHE_DIR": str(tmp_path / "uv-cache")}
+    return installer.Tools(installer.find(outer), Processes(), tool_environment(outer))
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Path]:
+    """make_model(folder, files, kind=, format=, requirements=(name, text), python=) → the model folder."""
+
+    def make(
+        folder: Path,
+        files: Mapping[str, str | bytes],
+        kind: str = "project",
+        format: str = "bento-project",
+        requirements: tuple[str, str] | None = None,
+        python: str | None = None,
+    ) -> Path:
+        listed = []
+        for path, content in files.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            place = folder / "files" / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
+            listed.append(File(path, len(data), hashlib.sha256(data).hexdigest()))
+        attachment = None
+        if requirements is not None:
+            name, text = requirements
+            (folder / "requirements").mkdir()
+            (folder / "requirements" / name).write_text(text)
+            attachment = Attachment(len(text.encode()), hashlib.sha256(text.encode()).hexdigest(), name)
+        manifest = Manifest(kind, format, tuple(listed), requirements=attachment, python=python)
+        (folder / "manifest.json").write_bytes(manifest.to_bytes())
+        return folder
+
+    return make
