@@ -11,7 +11,6 @@ from contextlib import closing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request, Response
-from registry.kinds import Kinds
 from sqlalchemy import Connection, insert, select, update
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.responses import FileResponse, StreamingResponse
@@ -24,6 +23,7 @@ from build_service.settings import Settings
 from registry import versions
 from registry.database import Database, now
 from registry.errors import EkibenError, UserError
+from registry.kinds import Kinds
 from registry.manifest import check_name
 from registry.signature import Signature
 from registry.store import ObjectStore

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 import structlog
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from registry.kinds import Kinds
 from sqlalchemy import select
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
@@ -31,6 +30,7 @@ from build_service.settings import Settings
 from registry import versions
 from registry.database import Database
 from registry.errors import EkibenError
+from registry.kinds import Kinds
 from registry.store import DirectoryStore
 
 log = structlog.get_logger(__name__)

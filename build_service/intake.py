@@ -17,13 +17,13 @@ from typing import Any, BinaryIO
 
 import python_multipart
 from python_multipart.exceptions import FormParserError
-from registry.kinds import Kinds
 from starlette.concurrency import run_in_threadpool
 from ulid import ULID
 
 from build_service import metrics
 from registry import archive, digest, formats, signature
 from registry.errors import EkibenError, InfrastructureError, UserError
+from registry.kinds import Kinds
 from registry.manifest import Attachment, File, Manifest, check_name, check_path, collision_key, name_from_filename
 from registry.store import ObjectStore, Writer
 
