@@ -136,7 +136,8 @@ def import_base(
     `source` is an OCI layout folder, an archive file, or a registry reference (pulled through `registry`, or
     anonymously). Without `platform` all of linux/amd64 and linux/arm64 that the source has are imported; importing
     again under the same name adds a platform or replaces it. Nothing of the image is run. Raises UserError
-    `base_without_python`, `base_platform_missing`, `bad_image`, `bad_reference`, `bad_base_name`, and what the registry raises.
+    `base_without_python`, `base_platform_missing`, `bad_image`, `bad_reference`, `bad_base_name`, and what the
+    registry raises.
     """
     name = name or _name_of(source)
     if not re.fullmatch(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?", name):

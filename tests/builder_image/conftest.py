@@ -225,8 +225,8 @@ def tools(index: Path, tmp_path: Path) -> installer.Tools:
 
 
 @pytest.fixture
-def make_model() -> Callable[..., Path]:
-    """make_model(folder, files, kind=, format=, requirements=(name, text), python=) → the model folder."""
+def make_version() -> Callable[..., Path]:
+    """make_version(folder, files, kind=, format=, requirements=(name, text), python=) → the model folder."""
 
     def make(
         folder: Path,
