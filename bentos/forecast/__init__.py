@@ -1,0 +1,1 @@
+"""Demand of beverages by store, item and day: daily history in, the next days out."""

@@ -1,0 +1,378 @@
+"""Trains a forecaster of beverage demand: `python -m bentos.forecast.train`.
+
+One gradient-boosted model forecasts every series and horizon directly ("global" and "direct" in the terms of
+Januschowski et al., IJF 2020): a row is a series, an origin and a horizon. The loss is Poisson's with the log of the
+level as offset, so the model learns the ratio of sales to their level; it is consistent for the mean of over-dispersed
+counts too.
+
+*Time split*: the last TEST_WINDOWS × horizon days are the test. No row whose target lies in them is trained on, and
+forecasts are made at the start of each window with nothing later known but the plan, and the weather forecast of that
+day.
+
+*Unknown things*: in a share of the training rows the plan, the weather forecast, the regressors of the past, or the
+names of store and item are left out at random, so that the model has learnt what to expect when a request leaves them
+out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightgbm as lgb
+import numpy as np
+from numpy.typing import NDArray
+
+from bentos.forecast import data, features
+from bentos.forecast.data import Panel, Series
+from bentos.forecast.features import DAILY, MONTHLY, NAMES, WEEKLY, Cadence, Plan
+from bentos.forecast.forecasting import LEAST_DAYS, Forecaster
+from bentos.training import command
+from bentos.training.outcome import Outcome, Progress, table
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+TEST_WINDOWS = 4
+_PLANNED = ("holiday", "holiday_next", "discount", "paid_ratio", "temperature", "temperature_change")
+_WEATHER = ("temperature", "temperature_change")
+_PAST = ("paid_ratio", "discount_recent", "temperature_recent", "temperature_change")
+# Shares of the training rows in which these are left out.
+_LEFT_OUT = ((_PLANNED, 0.15), (_WEATHER, 0.10), (_PAST, 0.05), (features.CATEGORIES, 0.10))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one training."""
+
+    stores: int = 5
+    days: int = 1200
+    seed: int = 7
+    horizon: int = 28
+    rounds: int = 400
+    learning_rate: float = 0.05
+    leaves: int = 31
+    per_origin: int = 4
+    """Horizons drawn for each origin and series."""
+    real: tuple[str, ...] = ("elnino", "co2")
+
+    @classmethod
+    def small(cls, seed: int = 7) -> Settings:
+        """Seconds: for a demonstration and for tests."""
+        return cls(stores=2, days=800, seed=seed, rounds=120, learning_rate=0.08, leaves=15, per_origin=2, real=())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Features of m rows, what was sold on the target day (NaN where not known), and the level at the origin."""
+
+    features: Floats
+    sales: Floats
+    level: Floats
+
+
+def rows_at(panel: Panel, origin: Ints, horizon: Ints, cadence: Cadence, categories: Sequence[Sequence[str]]) -> Rows:
+    """Rows of every series of the panel at the same origins and horizons; series by series."""
+    parts = [_rows(panel, series, origin, horizon, cadence, categories) for series in panel.series]
+    return Rows(
+        np.concatenate([part.features for part in parts]),
+        np.concatenate([part.sales for part in parts]),
+        np.concatenate([part.level for part in parts]),
+    )
+
+
+def training_rows(panel: Panel, end: int, settings: Settings, categories: Sequence[Sequence[str]]) -> Rows:
+    """Rows whose targets lie before day `end`, with some of what is known left out."""
+    rng = np.random.default_rng(settings.seed)
+    origin = np.repeat(np.arange(LEAST_DAYS - 1, end - 1), settings.per_origin)
+    horizon = rng.integers(1, settings.horizon + 1, len(origin))
+    horizon[0] = settings.horizon  # the range of this feature tells the service how far the model can look
+    before = origin + horizon < end
+    rows = rows_at(panel, origin[before], horizon[before], DAILY, categories)
+    known = rows.features
+    for names, share in _LEFT_OUT:
+        known = _left_out(known, names, rng.random(len(known)) < share)
+    return replace(rows, features=known)
+
+
+def windows(end: int, horizon: int, count: int) -> tuple[Ints, Ints]:
+    """Origins and horizons of `count` forecasts, one after the other, which end at day `end` (exclusive)."""
+    starts = end - horizon * np.arange(count, 0, -1) - 1
+    return np.repeat(starts, horizon), np.tile(np.arange(1, horizon + 1), count)
+
+
+def fit(rows: Rows, settings: Settings, progress: Progress, what: str, categorical: bool = True) -> lgb.Booster:
+    """Trains a booster. The same rows and settings give the same bytes."""
+    usable = ~np.isnan(rows.sales) & ~np.isnan(rows.level)
+    dataset = lgb.Dataset(
+        rows.features[usable],
+        rows.sales[usable],
+        init_score=np.log(rows.level[usable]),
+        feature_name=list(NAMES),
+        categorical_feature=list(features.CATEGORIES) if categorical else [],
+    )
+    parameters: dict[str, Any] = {
+        "objective": "poisson",
+        "learning_rate": settings.learning_rate,
+        "num_leaves": settings.leaves,
+        "min_data_in_leaf": 50,
+        "lambda_l2": 1.0,
+        "feature_fraction": 0.8,
+        "seed": settings.seed,
+        "deterministic": True,
+        "force_row_wise": True,
+        "verbosity": -1,
+    }
+    return lgb.train(parameters, dataset, settings.rounds, callbacks=[progress.rounds(what, settings.rounds)])
+
+
+def rmse(actual: Floats, forecast: Floats) -> float:
+    """Root mean squared error."""
+    return float(np.sqrt(np.mean((actual - forecast) ** 2)))
+
+
+def wape(actual: Floats, forecast: Floats) -> float:
+    """Weighted absolute percentage error: Σ|error| / Σ|actual|, as a share."""
+    return float(np.abs(actual - forecast).sum() / np.abs(actual).sum())
+
+
+def evaluate(panel: Panel, booster: lgb.Booster, settings: Settings, categories: Sequence[Sequence[str]]) -> Scores:
+    """Errors in the test windows, beside the naive forecasts and the true mean."""
+    origin, horizon = windows(panel.length, settings.horizon, TEST_WINDOWS)
+    rows = rows_at(panel, origin, horizon, DAILY, categories)
+    everywhere = np.ones(len(rows.sales), dtype=np.bool_)
+    blind = _left_out(rows.features, _PLANNED, everywhere)
+    nameless = _left_out(rows.features, features.CATEGORIES, everywhere)
+
+    def naive(repeats: int) -> Floats:
+        each = [features.seasonal_naive(s.sales, origin, horizon, DAILY, repeats) for s in panel.series]
+        return np.concatenate(each)
+
+    forecasts = {
+        "seasonal naive": naive(1),
+        "mean of the last 4 same weekdays": naive(4),
+        "model": rows.level * np.asarray(booster.predict(rows.features)),
+        "model, no plan and no weather": rows.level * np.asarray(booster.predict(blind)),
+        "model, stores and items unknown": rows.level * np.asarray(booster.predict(nameless)),
+        "the true mean": np.concatenate([mean[origin + horizon] for mean in panel.mean]),
+    }
+    return Scores.of(panel.name, _period(panel.series[0], origin, horizon, DAILY), rows.sales, forecasts)
+
+
+def evaluate_real(name: str, settings: Settings, progress: Progress) -> Scores:
+    """Trains on the first three quarters of a real series and forecasts one season ahead from each later origin."""
+    series = data.real(name)
+    cadence = {"elnino": MONTHLY, "co2": WEEKLY}[name]
+    panel = Panel(name, (series,), {}, ())
+    end, season = int(panel.length * 0.75), cadence.season
+    steps = np.arange(1, season + 1)
+    origin = np.repeat(np.arange(cadence.level - 1, end - 1), season)
+    horizon = np.tile(steps, len(origin) // season)
+    before = origin + horizon < end
+    unknown: tuple[list[str], list[str]] = ([], [])
+    rows = rows_at(panel, origin[before], horizon[before], cadence, unknown)
+    own = replace(settings, leaves=7, rounds=300)
+    booster = fit(rows, own, progress, name, categorical=False)
+    origin = np.repeat(np.arange(end - 1, panel.length - season), season)
+    horizon = np.tile(steps, len(origin) // season)
+    rows = rows_at(panel, origin, horizon, cadence, unknown)
+    naive = features.seasonal_naive(series.sales, origin, horizon, cadence)
+    growth = series.sales[origin] - series.sales[origin - season]
+    forecasts = {
+        "seasonal naive": naive,
+        "seasonal naive with drift": naive + np.where(np.isnan(growth), 0.0, growth),
+        "mean of the last 4 seasons": features.seasonal_naive(series.sales, origin, horizon, cadence, 4),
+        "model": rows.level * np.asarray(booster.predict(rows.features)),
+    }
+    return Scores.of(name, _period(series, origin, horizon, cadence), rows.sales, forecasts)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Forecasts beside what came, on the same days for all: those where every one of them is known."""
+
+    name: str
+    period: str
+    actual: Floats
+    forecasts: dict[str, Floats]
+
+    @classmethod
+    def of(cls, name: str, period: str, actual: Floats, forecasts: dict[str, Floats]) -> Scores:
+        known = ~np.isnan(np.stack([actual, *forecasts.values()])).any(axis=0)
+        return cls(name, period, actual[known], {name: values[known] for name, values in forecasts.items()})
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """RMSE and WAPE of the model and of the seasonal naive forecast."""
+        found = {}
+        for name, short in (("model", ""), ("seasonal naive", "_seasonal_naive"), ("the true mean", "_true_mean")):
+            if name in self.forecasts:
+                found[f"{prefix}rmse{short}"] = rmse(self.actual, self.forecasts[name])
+                found[f"{prefix}wape{short}"] = wape(self.actual, self.forecasts[name])
+        return found
+
+    def table(self) -> str:
+        rows = [
+            [name, rmse(self.actual, f), f"{100 * wape(self.actual, f):.2f} %"] for name, f in self.forecasts.items()
+        ]
+        return table([f"{self.name}, {self.period}", "RMSE", "WAPE"], rows, digits=3)
+
+
+def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
+    """The whole way from a seed to a model, and the tables that say how good it is."""
+    progress(f"simulating {settings.stores} stores over {settings.days} days")
+    panel = data.make(settings.stores, settings.days, settings.seed)
+    categories = [sorted({s.store for s in panel.series}), sorted({s.item for s in panel.series})]
+    rows = training_rows(panel, panel.length - TEST_WINDOWS * settings.horizon, settings, categories)
+    progress(f"{len(panel.series)} series, {len(rows.sales)} training rows of {len(NAMES)} features")
+    booster = fit(rows, settings, progress, "demand")
+    booster.pandas_categorical = categories  # so the model file itself says which numbers stand for which names
+    scores = [evaluate(panel, booster, settings, categories)]
+    metrics = scores[0].metrics()
+    for name in settings.real:
+        scores.append(evaluate_real(name, settings, progress))
+        metrics |= scores[-1].metrics(f"{name}_")
+    text = booster.model_to_string()
+    sample = sample_request(panel, settings)
+    outcome = Outcome(
+        kind="forecast",
+        format="lightgbm-text",
+        file="forecast.txt",
+        content=text.encode(),
+        sample=sample,
+        expected=Forecaster.of(text).answer(sample),
+        parameters={
+            "stores": settings.stores,
+            "days": settings.days,
+            "seed": settings.seed,
+            "horizon": settings.horizon,
+            "rounds": settings.rounds,
+            "learning_rate": settings.learning_rate,
+            "num_leaves": settings.leaves,
+            "per_origin": settings.per_origin,
+            "test_days": TEST_WINDOWS * settings.horizon,
+        },
+        metrics=metrics,
+        dataset=panel.name,
+        dataset_digest=panel.digest,
+    )
+    return outcome, "\n\n".join(one.table() for one in scores)
+
+
+def sample_request(panel: Panel, settings: Settings) -> dict[str, Any]:
+    """Eight weeks of two series before the last test window, and the plan of the week after."""
+    end = panel.length - settings.horizon
+    days = min(7, settings.horizon)
+    history: list[dict[str, Any]] = []
+    future: list[dict[str, Any]] = []
+    for series in panel.series[:2]:
+        forecast = panel.temperature_forecast[series.store][end - 1]
+        for day in range(end - 56, end + days):
+            date = features.date_of(series.start, day, DAILY)
+            row: dict[str, Any] = {"date": date.isoformat(), "store": series.store, "item": series.item}
+            plan = {"price": float(series.price[day]), "discount": float(series.discount[day])}
+            plan |= {"holiday": bool(series.holiday[day])}
+            if day < end:
+                sales = {"sales": float(series.sales[day])}
+                history.append(row | sales | plan | {"temperature": float(series.temperature[day])})
+            else:
+                future.append(row | plan | {"temperature": float(forecast[day - end])})
+    return {"history": history, "horizon": days, "future": future}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bentos.forecast.train",
+        description="Train a forecaster of the demand of beverages by store, item and day on simulated sales, and "
+        "compare it with the seasonal naive forecast; the same method is also tried on two real public series. The result "
+        "is a model folder, ready to upload.",
+        epilog="Example: python -m bentos.forecast.train --small --register http://localhost:8000",
+    )
+    parser.add_argument("--stores", type=_positive, help="stores, each sells eight drinks (default 5; 2 with --small)")
+    parser.add_argument("--days", type=_positive, help="days of history, at least 500 (default 1200; 800 with --small)")
+    parser.add_argument("--horizon", type=_positive, default=28, help=f"days ahead, at most {data.LEADS} (default 28)")
+    parser.add_argument("--seed", type=int, default=7, help="same seed, same data, same model file (default 7)")
+    parser.add_argument("--rounds", type=_positive, help="trees (default 400; 120 with --small)")
+    parser.add_argument(
+        "--real",
+        choices=("elnino", "co2", "both", "none"),
+        help="real series to try the method on; they ship with statsmodels (default both; none with --small)",
+    )
+    parser.add_argument("--small", action="store_true", help="a few seconds, for a first look")
+    command.add_options(parser, Path(__file__).parent / "model")
+    options = parser.parse_args(arguments)
+    settings = Settings.small(options.seed) if options.small else Settings(seed=options.seed)
+    real = {None: settings.real, "both": ("elnino", "co2"), "none": ()}.get(options.real, (options.real,))
+    settings = replace(
+        settings,
+        stores=options.stores or settings.stores,
+        days=options.days or settings.days,
+        rounds=options.rounds or settings.rounds,
+        horizon=options.horizon,
+        real=real,
+    )
+    if settings.days < 500:
+        parser.error("--days must be at least 500: the model looks one year back, and the end is kept for the test")
+    if settings.horizon > data.LEADS:
+        parser.error(f"--horizon must be at most {data.LEADS}: the weather is forecast no further")
+    progress = Progress.start(options.quiet)
+    try:
+        outcome, shown = train(settings, progress)
+    except ModuleNotFoundError as error:
+        parser.error(f"{error.name} is not installed; install it, or leave the real series out with --real none")
+    print(shown)
+    return command.finish(outcome, options, progress)
+
+
+def _rows(
+    panel: Panel, series: Series, origin: Ints, horizon: Ints, cadence: Cadence, categories: Sequence[Sequence[str]]
+) -> Rows:
+    target = origin + horizon
+    weather = panel.temperature_forecast.get(series.store)
+    plan = Plan(
+        price=_at(series.price, target),
+        discount=_at(series.discount, target),
+        holiday=_at(series.holiday, target),
+        holiday_next=_at(series.holiday, target + 1),
+        temperature=np.full(len(origin), np.nan) if weather is None else weather[origin, horizon - 1],
+    )
+    codes = features.codes_of(categories, series.store, series.item)
+    return Rows(
+        features=features.matrix(series, origin, horizon, plan, cadence, codes),
+        sales=_at(series.sales, target),
+        level=features.level(series.sales, origin, cadence),
+    )
+
+
+def _left_out(rows: Floats, names: Sequence[str], chosen: NDArray[np.bool_]) -> Floats:
+    """The rows, with the named features unknown where `chosen`."""
+    columns = np.array([name in names for name in NAMES])
+    return np.where(chosen[:, None] & columns[None, :], np.nan, rows)
+
+
+def _at(values: Floats, index: Ints) -> Floats:
+    return np.asarray(np.where(index < len(values), values[np.minimum(index, len(values) - 1)], np.nan))
+
+
+def _period(series: Series, origin: Ints, horizon: Ints, cadence: Cadence) -> str:
+    target = origin + horizon
+    first, last = (features.date_of(series.start, int(step), cadence) for step in (target.min(), target.max()))
+    return f"{_day(first)} to {_day(last)}, {horizon.max()} steps ahead"
+
+
+def _day(date: dt.date) -> str:
+    return date.isoformat()
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
