@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import BinaryIO
 
+from registry.errors import UserError
+
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -25,12 +27,16 @@ _STORED, _DEFLATED = 0, 8
 _CHUNK = 1 << 16
 
 
-class ZipFault(Exception):
+class ZipFault(UserError):
     """The zip is not acceptable. `code` is an archive code of registry.archive, `what` says what is wrong with it."""
 
     def __init__(self, code: str, what: str) -> None:
-        super().__init__(what)
-        self.code = code
+        super().__init__(
+            code,
+            f"The zip file cannot be used: {what}.",
+            field="file",
+            hint="Make it anew with an ordinary zip program, without a password, and upload it again.",
+        )
         self.what = what
 
 

@@ -67,8 +67,8 @@ _MOST_ZIPPED = 100_000
 def recognise(sizes: Mapping[str, int] | Sequence[tuple[str, int]], open: OpenFile) -> Recognised:
     """What the files are. `sizes` gives each path's size in bytes, `open(path)` a seekable binary stream.
 
-    One file must be a model; others may lie beside it (external data, tokenizers, notes). UserError otherwise, with code
-    `empty_file`, `unknown_format`, `pickle_refused`, `truncated_model`, `invalid_model`, `several_models`,
+    One file must be a model; others may lie beside it (external data, tokenizers, notes). UserError otherwise, with
+    code `empty_file`, `unknown_format`, `pickle_refused`, `truncated_model`, `invalid_model`, `several_models`,
     `skops_untrusted_type`, `onnx_external_data`, `keras_lambda` and the like.
     """
     upload = Upload(dict(sizes), open)
