@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bentos
 from bentos.serving import golden, lifeline
 from bentos.serving.about import About, Served
 from bentos.serving.model import ModelFolder
@@ -153,6 +154,10 @@ def _load(bento: Path) -> Any:
         from _bentoml_impl.loader import load
         from _bentoml_sdk import Service
 
+        # This wrapper may run from a copy of its own, while the Bento carries its kind in another portion of the package.
+        carried = str(bento.resolve() / "src" / "bentos")
+        if carried not in bentos.__path__:
+            bentos.__path__.append(carried)
         service = load(str(bento.resolve()), standalone_load=True)
         if not isinstance(service, Service):
             raise TypeError("the service is of the API before BentoML 1.2")
