@@ -17,7 +17,7 @@ from builder_image.installer import Tools
 from builder_image.progress import Progress
 from builder_image.spec import BuildResult, BuildSpec, BuiltBento, BuiltEnvironment, BuiltImage
 from registry import digest
-from registry.errors import InfrastructureError, UserError
+from registry.errors import InfrastructureError
 
 IDENTITY_FORMAT = 1
 PROJECT = "bento-project"
@@ -145,7 +145,9 @@ def _image(
 ) -> BuiltImage | None:
     if spec.image is None:
         return None
-    raise UserError("not_implemented", "images are not built yet")
+    from builder_image import packing  # http, tar and compressors are for images only
+
+    return packing.pack(spec, spec.image, found, recipe, packed, progress, tools)
 
 
 def _empty(work: Path) -> None:

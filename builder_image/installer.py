@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from builder_image.process import Processes, tool_environment
@@ -29,10 +29,12 @@ class Tools:
     uv: Uv
     processes: Processes
     env: Mapping[str, str]
+    outer: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The whole environment, for what the builder itself looks up in it; programs do not get it."""
 
     @classmethod
     def of(cls, outer: Mapping[str, str], processes: Processes) -> Tools:
-        return cls(find(outer), processes, tool_environment(outer))
+        return cls(find(outer), processes, tool_environment(outer), outer)
 
 
 def find(env: Mapping[str, str]) -> Uv:

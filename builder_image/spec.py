@@ -57,7 +57,7 @@ class ImageOrder(_Frozen):
     platform: str = "linux/amd64"
     push: Push | None = None
     output: Path | None = None
-    compression: Compression = "gzip"
+    compression: Compression = "zstd"
 
 
 class BuildSpec(_Frozen):
