@@ -89,7 +89,7 @@ def is_archive(stream: BinaryIO) -> bool:
             )
         if sort in ("gz", "bz2", "xz"):
             stream.seek(0)
-            return is_tar(_read_block(_unpacked(stream, sort, Limits())))
+            return is_tar(_read_block(unpacked(stream, sort)))
         return sort == "tar"
     except UserError:
         # a damaged one is an archive all the same: its fault is better told as an archive's
@@ -241,7 +241,7 @@ class _Check:
 
 
 def _tar(stream: BinaryIO, sort: str, check: _Check) -> Iterator[Member]:
-    plain = stream if sort == "tar" else _unpacked(stream, sort, check.limits)
+    plain = stream if sort == "tar" else unpacked(stream, sort, check.limits)
     if sort != "tar":
         head, plain = _peeked(plain)
         if not is_tar(head):
@@ -319,8 +319,9 @@ class _Joined(io.RawIOBase):
         return len(part)
 
 
-def _unpacked(stream: BinaryIO, sort: str, limits: Limits) -> BinaryIO:
-    return io.BufferedReader(_Unpacked(stream, sort, limits), 1 << 20)
+def unpacked(stream: BinaryIO, sort: str, limits: Limits | None = None) -> BinaryIO:
+    """What a `gz`, `bz2` or `xz` stream holds, unpacked as it is read, within the limits on total and ratio."""
+    return io.BufferedReader(_Unpacked(stream, sort, limits or Limits()), _CHUNK)
 
 
 class _Unpacked(io.RawIOBase):

@@ -53,6 +53,7 @@ class _Wire:
         self._window = b""
         self._start = 0
         self._fields = 0
+        self.last = (0, 0)  # number and wire type of the field that was begun last
 
     def read(self, at: int, count: int) -> bytes:
         offset = at - self._start
@@ -95,7 +96,7 @@ class _Wire:
             if self._fields > _MOST_FIELDS:
                 raise _Fault("it has too many fields")
             key, at = self.varint(at, end)
-            number, wire = key >> 3, key & 7
+            number, wire = self.last = key >> 3, key & 7
             if number == 0:
                 raise _Fault("a field has number 0")
             if wire == 0:
@@ -191,8 +192,9 @@ class _Model:
                     self._function(at, at + length, 0)
         except _Fault as caught:
             fault = caught
-        # ir_version and one more field that is rightly typed: an upload cut within its graph is a cut ONNX model
-        self.certain = 1 in seen and len(seen) > 1
+        # ir_version and one more field that is rightly typed, be it cut: so a cut upload is told from other files
+        begun = fault is not None and fault.cut and wire.last[1] == _MODEL.get(wire.last[0])
+        self.certain = 1 in seen and (len(seen) > 1 or begun)
         if fault is not None:
             raise fault
         if len(graphs) > 1:

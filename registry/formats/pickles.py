@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import re
+import zlib
 from typing import NoReturn
 
+from registry.archive import sort_of, unpacked
 from registry.archive_zip import Entry
 from registry.errors import UserError
-from registry.formats.upload import Upload, shown
+from registry.formats.upload import Upload, read_up_to, shown
 
 _LOOK = 1 << 16
 
 # The GLOBAL (c) opcode of protocols 0 and 1 names module and attribute, a line each. Old pickles have no magic number.
 _OLD_GLOBAL = re.compile(rb"c[A-Za-z_][\w.]{0,200}\n[A-Za-z_][\w.]{0,200}\n")
 _OLD_START = re.compile(rb"(?:\(l?p?\d*\n?|\]q|\}q|c[A-Za-z_]|I\d|F\d|S'|V|\(dp|\(lp|\(i)")
-_COMPRESSED = {
-    b"\x78\x01": "zlib",
-    b"\x78\x5e": "zlib",
-    b"\x78\x9c": "zlib",
-    b"\x78\xda": "zlib",
-    b"ZF": "an old joblib",
-    b"\x04\x22\x4d\x18": "lz4",
-}
+_ZLIB = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
+# compressions of joblib's that are not looked into; nothing else that is uploaded begins so
+_JOBLIB = {b"ZF0x": "an old joblib file", b"\x04\x22\x4d\x18": "lz4-compressed data, as joblib writes pickles"}
 
 
 def is_pickle(start: bytes) -> bool:
@@ -36,9 +33,26 @@ def refuse_pickle(upload: Upload, path: str) -> None:
     start = upload.head(path, _LOOK)
     if is_pickle(start):
         refuse(path, "a Python pickle", _library(start))
-    for magic, name in _COMPRESSED.items():
+    inner = _unpacked(upload, path, start)
+    if is_pickle(inner):
+        refuse(path, "a compressed Python pickle, as joblib writes it", _library(inner))
+    for magic, name in _JOBLIB.items():
         if start.startswith(magic):
-            refuse(path, f"{name}-compressed data, as joblib writes pickles", "unknown")
+            refuse(path, name, "unknown")
+
+
+def _unpacked(upload: Upload, path: str, start: bytes) -> bytes:
+    """The first bytes of what a compressed file holds; nothing where it is not compressed, or damaged."""
+    try:
+        if start.startswith(_ZLIB):
+            return zlib.decompressobj().decompress(start, _LOOK)
+        sort = sort_of(start)
+        if sort in ("gz", "bz2", "xz"):
+            with upload.open(path) as stream:
+                return read_up_to(unpacked(stream, sort), _LOOK)
+    except (zlib.error, UserError):
+        pass
+    return b""
 
 
 def refuse_zipped_pickle(members: list[Entry], path: str, heads: dict[str, bytes]) -> None:
