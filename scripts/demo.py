@@ -81,7 +81,7 @@ def _demo(url: str, first: Path, second: Path) -> None:
 
     _say("Roll back: a new revision that points at the old build; nothing is rebuilt.")
     _curl("-X", "POST", f"{url}/deployments/ranker/rollback")
-    caller.until_again("1")
+    caller.until("1")
     caller.stop()
     revisions = _curl(f"{url}/deployments/ranker/revisions")["items"]
     for revision in reversed(revisions):
@@ -127,8 +127,6 @@ class _Caller(threading.Thread):
                 raise Failed(f"version {version} never answered; errors: {self.errors[:3]}")
             time.sleep(0.05)
 
-    until_again = until
-
     def stop(self) -> None:
         self._ended.set()
         self.join()
@@ -145,9 +143,14 @@ def _train(variant: str, seed: int) -> Path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise Failed(f"training ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
-    for line in done.stdout.splitlines():
-        if "NDCG" in line or "ndcg" in line or "popularity" in line or "random" in line:
+    lines = iter(done.stdout.splitlines())
+    for line in lines:
+        if "NDCG" in line:  # the table of results
             print("  " + line)
+            for row in lines:
+                if not row.strip():
+                    break
+                print("  " + row)
     return folder
 
 

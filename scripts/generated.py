@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts import errors
+
 ROOT = Path(__file__).resolve().parents[1]
 _FIGURES = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
@@ -85,6 +87,7 @@ def _documents() -> Iterator[tuple[Path, str]]:
         [sys.executable, "-m", "build_service", "--openapi"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
     yield ROOT / "docs" / "openapi.json", document
+    yield ROOT / "docs" / "errors.md", errors.document(ROOT)
     readme = ROOT / "README.md"
     yield readme, _FIGURES.sub(lambda found: found[1] + _figures() + found[2], readme.read_text())
 
