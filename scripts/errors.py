@@ -22,9 +22,9 @@ def document(root: Path) -> str:
     rows = [f"| `{code}` | {text} | `{where}` |" for code, (where, text) in sorted(found.items())]
     return (
         "# Errors\n\n"
-        "Every error is `application/problem+json` (RFC 9457) with a stable `code`, the offending `field` where there is\n"
-        "one, and a `hint` that says what to do. A failed build, rollout or start of a model carries the same codes in\n"
-        "`code`, `reason` and `hint` of the version and the deployment. This page is made from the source by\n"
+        "Every error is `application/problem+json` (RFC 9457) with a stable `code`, the offending `field` where there\n"
+        "is one, and a `hint` that says what to do. A failed build, rollout or start of a model carries the same codes\n"
+        "in `code`, `reason` and `hint` of the version and the deployment. This page is made from the source by\n"
         "`make openapi`.\n\n"
         "| code | what it says | raised in |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
     )
