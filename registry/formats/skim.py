@@ -20,6 +20,8 @@ _LONGEST_KEY = 1 << 20
 _LARGEST_KEPT = 16 << 20  # bytes, of all kept values together
 _MOST_VALUES = 30_000_000  # bounds the time of a UBJSON walk
 _STRUCTURE = re.compile(rb'["{}\[\]]')
+# a run of scalars, strings without escapes and flat arrays: most of a model, passed over at once
+_FLAT = re.compile(rb'(?:[^"{}\[\]]++|"[^"\\]*+"|\[[^"{}\[\]]*+\])++')
 _STRING_END = re.compile(rb'["\\]')
 _SCALAR_END = re.compile(rb"[,\]}\s]")
 _NOT_SPACE = re.compile(rb"[^ \t\r\n]")
@@ -176,6 +178,9 @@ class _Json:
     def _nested(self) -> None:
         open_ones = bytearray()
         while self._fill():
+            if open_ones and (flat := _FLAT.match(self._buffer, self._at)):
+                self._take(flat.end())
+                continue
             match = _STRUCTURE.search(self._buffer, self._at)
             if match is None:
                 self._take(len(self._buffer))

@@ -335,6 +335,7 @@ LOSSES = frozenset(
 # referred to by name, without a call on loading; pure functions of arrays
 FUNCTIONS = frozenset(
     [
+        "sklearn.cluster._kmeans._kmeans_single_elkan",
         "sklearn.cluster._kmeans._kmeans_single_lloyd",
         "sklearn.feature_selection._mutual_info.mutual_info_classif",
         "sklearn.feature_selection._mutual_info.mutual_info_regression",
