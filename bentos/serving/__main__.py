@@ -78,9 +78,9 @@ def serve(settings: Settings) -> None:
     if settings.model_dir is not None:
         folder = ModelFolder.read(settings.model_dir)
         folder.verify(settings.digest)
+    listener = _listen(settings)
     service = _load(settings.bento)
     app = _application(service, settings)
-    listener = _listen(settings)
     import uvicorn
 
     config = uvicorn.Config(

@@ -105,14 +105,19 @@ class Wrapper:
     ) -> tuple[Problem, list[tuple[bytes, bytes]]] | None:
         if path == "/metrics" and not inside:
             return Problem("not_found", "there is nothing at /metrics", status=404), []
-        if self.settings.token_digests and not (path in _PROBES or (inside and path in _OPEN_INSIDE)):
-            if not self._authorized(authorization):
-                hint = "send the header Authorization: Bearer TOKEN"
-                problem = Problem("unauthorized", "this model needs a valid token", hint=hint, status=401)
-                return problem, [(b"www-authenticate", b"Bearer")]
+        if self._guarded(path, inside) and not self._authorized(authorization):
+            hint = "send the header Authorization: Bearer TOKEN"
+            problem = Problem("unauthorized", "this model needs a valid token", hint=hint, status=401)
+            return problem, [(b"www-authenticate", b"Bearer")]
         if length is not None and (not length.isdigit() or int(length[:20]) > self.settings.max_body_bytes):
             return _too_large(self.settings.max_body_bytes), [(b"connection", b"close")]
         return None
+
+    def _guarded(self, path: str, inside: bool) -> bool:
+        """Probes and the unprefixed metrics are for the platform, which holds no token."""
+        if not self.settings.token_digests or path in _PROBES:
+            return False
+        return not (inside and path in _OPEN_INSIDE)
 
     def _authorized(self, authorization: bytes) -> bool:
         scheme, _, token = authorization.partition(b" ")

@@ -87,7 +87,7 @@ TRUSTED = frozenset(
     sklearn.neural_network._stochastic_optimizers.SGDOptimizer
     sklearn.tree._tree.Tree
     sklearn.utils._bunch.Bunch
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 

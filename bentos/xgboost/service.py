@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import bentoml
@@ -121,7 +122,7 @@ def _categories(booster: Any) -> dict[int, tuple[Any, ...]]:
         if "offsets" in encoder:  # strings: UTF-8 bytes, as signed numbers, with the places where each one starts
             text = bytes(b & 0xFF for b in values)
             ends = encoder["offsets"]
-            found[i] = tuple(text[a:b].decode("utf-8") for a, b in zip(ends, ends[1:], strict=False))
+            found[i] = tuple(text[a:b].decode("utf-8") for a, b in pairwise(ends))
         else:
             found[i] = tuple(values)
     return found
