@@ -228,6 +228,10 @@ class Tree:
                     self._hide(path, itself=True)
                 upper[path] = (kind, value)
         for path, (kind, value) in upper.items():
+            above = posixpath.dirname(path)
+            while above and above not in self._nodes and above not in upper:
+                self._nodes[above] = ("dir", None)  # a tar need not name the folders of its files
+                above = posixpath.dirname(above)
             if kind == "hard":
                 target = upper.get(str(value)) or self._nodes.get(str(value))
                 self._nodes[path] = target or ("file", None)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from builder_image import layers as _layers
 from builder_image.layers import AnyLayer, Layer
@@ -33,6 +33,8 @@ FULL_NAME = "io.containerd.image.name"
 
 FORMAT_LABEL = "io.ekiben.image-format"
 USER = "65532:65532"
+
+Document = Callable[[str, Literal["manifest", "config"]], bytes]
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _OCI_LAYER_TYPES = {
@@ -248,7 +250,7 @@ def read(manifest: bytes, config: bytes, openers: Mapping[str, _layers.Opener]) 
 
 def choose(
     index: Any,
-    document: Callable[[str], bytes],
+    document: Document,
     opener: Callable[[str], _layers.Opener],
     platform: Platform | None,
     ref: str | None,
@@ -256,7 +258,7 @@ def choose(
 ) -> Image:
     """The one image of an index that fits `platform` and `ref`, wherever its blobs are kept.
 
-    `document` gives a small blob by its digest, verified; `opener` gives the opener of a layer. Raises UserError
+    `document` gives a manifest or config by its digest, verified; `opener` the opener of a layer. Raises UserError
     `base_platform_missing` and `bad_image`; `place` is what messages call the source.
     """
     try:
@@ -279,9 +281,9 @@ def choose(
                 f"{place} should hold one image that fits, but holds {len(digests)} ({found})",
                 hint="name the platform, and the reference, of one of them",
             )
-        manifest = document(digests.pop())
+        manifest = document(digests.pop(), "manifest")
         described = json.loads(manifest)
-        config = document(checked_digest(described["config"]["digest"]))
+        config = document(checked_digest(described["config"]["digest"]), "config")
         return read(manifest, config, {item["digest"]: opener(item["digest"]) for item in described["layers"]})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
@@ -289,7 +291,7 @@ def choose(
         ) from error
 
 
-def platforms(index: Any, document: Callable[[str], bytes]) -> list[Platform]:
+def platforms(index: Any, document: Document) -> list[Platform]:
     """The platforms that an index has images for, in its order."""
     return list(dict.fromkeys(choice[0] for choice in _choices(index, document, None, depth=3)))
 
@@ -307,9 +309,7 @@ def checked_digest(text: object) -> str:
     return text
 
 
-def _choices(
-    index: Any, document: Callable[[str], bytes], ref: str | None, depth: int
-) -> Iterator[tuple[Platform, str]]:
+def _choices(index: Any, document: Document, ref: str | None, depth: int) -> Iterator[tuple[Platform, str]]:
     """(platform, manifest digest) of every image that an index leads to."""
     if depth == 0:
         raise ValueError("indexes are nested too deeply")
@@ -321,13 +321,13 @@ def _choices(
             continue  # an attestation about an image, not an image
         digest = checked_digest(item["digest"])
         if item.get("mediaType") in (INDEX, DOCKER_INDEX):
-            yield from _choices(json.loads(document(digest)), document, None, depth - 1)
+            yield from _choices(json.loads(document(digest, "manifest")), document, None, depth - 1)
         elif item.get("mediaType") in (MANIFEST, DOCKER_MANIFEST):
             if item.get("platform"):
                 yield Platform.of(item["platform"]), digest
             else:
-                config = checked_digest(json.loads(document(digest))["config"]["digest"])
-                yield Platform.of(json.loads(document(config))), digest
+                config = checked_digest(json.loads(document(digest, "manifest"))["config"]["digest"])
+                yield Platform.of(json.loads(document(config, "config"))), digest
 
 
 def _layer(descriptor: Mapping[str, Any], diff_id: str, openers: Mapping[str, _layers.Opener]) -> Layer:

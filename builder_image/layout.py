@@ -161,7 +161,12 @@ def read_archive(file: Path, platform: Platform | None = None) -> Image:
 
     if "index.json" in members and "oci-layout" in members:
         return _image.choose(
-            _json(whole("index.json")), lambda d: _verified(d, whole(_blob_path(d))), opener, platform, None, str(file)
+            _json(whole("index.json")),
+            lambda digest, _: _verified(digest, whole(_blob_path(digest))),
+            opener,
+            platform,
+            None,
+            str(file),
         )
     if "manifest.json" in members:
         return _read_docker(_json(whole("manifest.json")), whole, pieces, platform, file)
@@ -177,8 +182,8 @@ def _index_of(folder: Path) -> Any:
         raise _bad(f"{folder}/index.json is not JSON: {error}") from error
 
 
-def _documents(folder: Path) -> Callable[[str], bytes]:
-    def document(digest: str) -> bytes:
+def _documents(folder: Path) -> _image.Document:
+    def document(digest: str, _: str) -> bytes:
         blob = folder / _blob_path(digest)
         if not blob.is_file():
             raise _bad(f"{folder} lacks the blob {digest}")

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urljoin
 
 import httpx
@@ -745,18 +745,18 @@ def platforms_of(registry: Registry, ref: Reference) -> list[Platform]:
         raise UserError("bad_image", f"{ref} is not a usable image: {error}", field="ref") from error
 
 
-def _described(registry: Registry, ref: Reference) -> tuple[Any, Callable[[str], bytes]]:
+def _described(registry: Registry, ref: Reference) -> tuple[Any, _image.Document]:
     """(an index that holds just what the reference names, how to get the documents below it)."""
     repo = ref.repository
     manifest, media_type = registry.get_manifest(repo, ref.name)
     documents = {_digest.of_bytes(manifest): manifest}
 
-    def document(digest: str) -> bytes:
+    def document(digest: str, kind: Literal["manifest", "config"]) -> bytes:
         if digest not in documents:
-            try:
+            if kind == "manifest":
                 documents[digest] = registry.get_manifest(repo, digest)[0]
-            except RegistryRefused:
-                documents[digest] = b"".join(registry.pull_blob(repo, digest))
+            else:
+                documents[digest] = _all_of(registry.pull_blob(repo, digest), _LONGEST_MANIFEST)
         return documents[digest]
 
     return {"manifests": [{"mediaType": media_type, "digest": _digest.of_bytes(manifest)}]}, document
@@ -784,7 +784,7 @@ def find_layer(registry: Registry, repo: str, key: str) -> Layer | None:
         return None
     try:
         manifest = json.loads(registry.get_manifest(repo, _layer_tag(key))[0])
-        note = json.loads(b"".join(registry.pull_blob(repo, manifest["config"]["digest"], manifest["config"]["size"])))
+        note = json.loads(_all_of(registry.pull_blob(repo, manifest["config"]["digest"]), _LONGEST_MANIFEST))
         (item,) = manifest["layers"]
         if note["schema"] != "ekiben.layer.v1" or note["key"] != key or note["name"] not in ("deps", "code"):
             return None
@@ -916,6 +916,15 @@ def _at_most(response: httpx.Response, limit: int) -> bytes | None:
         data += piece
         if len(data) > limit:
             return None
+    return bytes(data)
+
+
+def _all_of(pieces: Iterator[bytes], limit: int) -> bytes:
+    data = bytearray()
+    for piece in pieces:
+        data += piece
+        if len(data) > limit:
+            raise RegistryFailed("registry_protocol", f"the registry's blob is longer than {limit} bytes")
     return bytes(data)
 
 

@@ -79,6 +79,18 @@ def start_registry(tmp_path: Path) -> Iterator[StartRegistry]:
         process.wait(10)
 
 
+@pytest.fixture(scope="session")
+def debian_base(request: pytest.FixtureRequest) -> Path:
+    """A Debian base with Python 3.11 as an OCI layout, made once and kept in pytest's cache."""
+    if shutil.which("debootstrap") is None or os.geteuid() != 0:
+        pytest.skip("making a base needs root and debootstrap (apt-get install debootstrap)")
+    from benchmarks.make_base import make_base
+
+    cache = request.config.cache
+    assert cache is not None
+    return make_base(cache.mkdir("ekiben-debian-base") / "layout")
+
+
 @pytest.fixture
 def registry_server(start_registry: StartRegistry) -> RegistryServer:
     return start_registry()
