@@ -6,6 +6,7 @@ import io
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ _DEBIAN: Members = {
     "lib": "-> usr/lib",
     "usr": None,
     "usr/bin": None,
-    "usr/lib/x86_64-linux-gnu/libc.so.6": b"\0GNU C Library (Debian GLIBC 2.36-9+deb12u10) stable release version 2.36.\n\0",
+    "usr/lib/x86_64-linux-gnu/libc.so.6": b"\0GNU C Library (Debian GLIBC 2.36-9) stable release version 2.36.\n\0",
 }
 _PYTHON: Members = {
     "usr/local/bin/python3.11": b"\x7fELF\0" + b"3.11.9\0",
@@ -269,7 +270,8 @@ def test_a_real_base_runs_our_layers_as_a_random_user_on_a_read_only_root(tmp_pa
     run = image.Run(entrypoint=[found.python, "/app/main.py"], workdir="/")
     draft = image.assemble(imported.image(platform), [code, model], run)
     validate(layout.write_archive(draft, tmp_path / "image.tar", "localhost/ekiben-test:1"))
-    podman = ["podman", "--root", str(tmp_path / "podman"), "--runroot", str(tmp_path / "run"), "--runtime", "runc"]
+    short = tempfile.mkdtemp(prefix="pod-")  # podman wants a run folder of at most 50 characters
+    podman = ["podman", "--root", str(tmp_path / "podman"), "--runroot", short, "--runtime", "runc"]
     podman += ["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs"]
     try:
         loaded = subprocess.run(
@@ -294,3 +296,4 @@ def test_a_real_base_runs_our_layers_as_a_random_user_on_a_read_only_root(tmp_pa
             assert done.stdout.split() == [found.version, found.soabi, "weights"]
     finally:
         subprocess.run([*podman, "system", "reset", "--force"], capture_output=True, check=False)
+        shutil.rmtree(short, ignore_errors=True)
