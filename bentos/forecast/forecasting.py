@@ -60,11 +60,10 @@ class Forecaster:
         names = booster.feature_name()
         strange = [name for name in names if name not in features.NAMES]
         if strange or "horizon" not in names:
+            wrong = f"it has the unknown features {', '.join(strange)}" if strange else "it has no feature horizon"
             raise StartError(
                 "model_load_failed",
-                f"this is no model of demand: {'unknown features ' + ', '.join(strange) if strange else 'no feature horizon'}"[
-                    :500
-                ],
+                f"this is no model of demand: {wrong}"[:500],
                 "train it with `python -m bentos.forecast.train`, or upload it without kind=forecast",
             )
         named = [name for name in features.CATEGORIES if name in names]
