@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ekiben._errors import ExportError as ExportError
     from ekiben._errors import Invalid as Invalid
     from ekiben._errors import NotFound as NotFound
+    from ekiben._errors import RolloutFailed as RolloutFailed
     from ekiben._errors import ServerFault as ServerFault
     from ekiben._errors import StartError as StartError
     from ekiben._errors import StillWorking as StillWorking
@@ -37,8 +38,8 @@ _HOMES = {
     "push": "_push",
     **dict.fromkeys(
         (
-            "ApiError", "Conflict", "EkibenError", "ExportError", "Invalid", "NotFound", "ServerFault", "StartError",
-            "StillWorking", "Unauthorized", "Unreachable", "UsageError", "VersionFailed",
+            "ApiError", "Conflict", "EkibenError", "ExportError", "Invalid", "NotFound", "RolloutFailed",
+            "ServerFault", "StartError", "StillWorking", "Unauthorized", "Unreachable", "UsageError", "VersionFailed",
         ),
         "_errors",
     ),

@@ -14,6 +14,7 @@ from ekiben import _config, _upload
 from ekiben._errors import (
     EkibenError,
     NotFound,
+    RolloutFailed,
     StillWorking,
     Unreachable,
     UsageError,
@@ -33,7 +34,7 @@ _LONGEST_ERROR = 64 * 1024
 _SETTLED = frozenset({"live", "superseded", "rolled_back", "failed"})
 
 Watch = Callable[[dict[str, Any]], None]
-"""Called with the version each time it is polled."""
+"""Called with the version or deployment each time it was asked for."""
 
 
 class Client:
@@ -149,25 +150,18 @@ class Client:
         self, version: Mapping[str, Any], seconds: float, watch: Watch | None = None, *, deploy: bool = True
     ) -> dict[str, Any]:
         """Poll a version until it is live (without `deploy`: built). Raises VersionFailed, or StillWorking."""
-        current = dict(version)
-        model, number = str(current["model"]), int(current["version"])
-        deadline = time.monotonic() + seconds
-        pause = 0.05
-        while True:
-            if watch is not None:
-                watch(current)
-            if current["state"] in _SETTLED or (current["state"] == "built" and not deploy):
-                break
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise StillWorking(
-                    f"{model} version {number} is {current['state']} after {seconds:g} s; the work goes on",
-                    version=current,
-                    hint=f"ekiben status {model}, ekiben logs {model} --build",
-                )
-            time.sleep(min(pause, left))
-            pause = min(pause * 1.3, 0.5)
-            current = self.version(model, number)
+        model, number = str(version["model"]), int(version["version"])
+
+        def settled(now: dict[str, Any]) -> bool:
+            return now["state"] in _SETTLED or (now["state"] == "built" and not deploy)
+
+        current = _poll(dict(version), lambda: self.version(model, number), settled, seconds, watch)
+        if not settled(current):
+            raise StillWorking(
+                f"{model} version {number} is {current['state']} after {seconds:g} s; the work goes on",
+                known=current,
+                hint=f"ekiben status {model}, ekiben logs {model} --build",
+            )
         if current["state"] in ("failed", "rolled_back"):
             raise failure(current)
         return current
@@ -212,6 +206,35 @@ class Client:
     def rollback(self, name: str, revision: int | None = None) -> dict[str, Any]:
         body = {} if revision is None else {"revision": revision}
         return dict(self._json("POST", f"/deployments/{_segment(name)}/rollback", body))
+
+    def wait_for_deployment(
+        self, deployment: Mapping[str, Any], seconds: float, watch: Watch | None = None
+    ) -> dict[str, Any]:
+        """Poll a deployment until its newest revision is live in all replicas. RolloutFailed, or StillWorking."""
+        name = str(deployment["name"])
+
+        def settled(now: dict[str, Any]) -> bool:
+            return now["state"] in ("failed", "rolled_back") or (
+                now["state"] == "live" and now["ready"] >= now["replicas"]
+            )
+
+        current = _poll(dict(deployment), lambda: self.deployment_state(name), settled, seconds, watch)
+        if not settled(current):
+            raise StillWorking(
+                f"{name} is {current['state']} after {seconds:g} s, with {current['ready']} of {current['replicas']} "
+                "processes ready; the work goes on",
+                known=current,
+                hint=f"ekiben status {name}",
+            )
+        if current["state"] != "live":
+            verb = "was rolled back" if current["state"] == "rolled_back" else "failed"
+            raise RolloutFailed(
+                f"{name} {verb}: {current.get('reason')}",
+                deployment=current,
+                code=current.get("code") or str(current["state"]),
+                hint=current.get("hint") or f"ekiben logs {name}",
+            )
+        return current
 
     def delete_deployment(self, name: str) -> None:
         self._json("DELETE", f"/deployments/{_segment(name)}")
@@ -393,6 +416,27 @@ class Client:
             )
         hint = "ekiben up" if self._connection.loopback else "is the address right? ekiben doctor"
         return Unreachable(f"no server at {self.url}", code="unreachable", hint=hint)
+
+
+def _poll(
+    current: dict[str, Any],
+    ask: Callable[[], dict[str, Any]],
+    settled: Callable[[dict[str, Any]], bool],
+    seconds: float,
+    watch: Watch | None,
+) -> dict[str, Any]:
+    """Ask until it is settled or `seconds` are over; the pause grows from 50 ms to half a second."""
+    deadline = time.monotonic() + seconds
+    pause = 0.05
+    while True:
+        if watch is not None:
+            watch(current)
+        left = deadline - time.monotonic()
+        if settled(current) or left <= 0:
+            return current
+        time.sleep(min(pause, left))
+        pause = min(pause * 1.3, 0.5)
+        current = ask()
 
 
 def failure(version: Mapping[str, Any]) -> VersionFailed:

@@ -12,7 +12,8 @@ EkibenError              carries `code`, `message`, `hint`, `field` and, where a
 │   ├── Invalid          any other 4xx
 │   └── ServerFault      5xx
 ├── VersionFailed        the version was taken, but its build or its roll-out failed; `version` holds it
-└── StillWorking         the time to wait is over; the work goes on, and `version` holds what is known
+├── RolloutFailed        a deployment did not take its new revision; `deployment` holds it
+└── StillWorking         the time to wait is over; the work goes on, and `known` holds what is known
 """
 
 from __future__ import annotations
@@ -105,14 +106,24 @@ class VersionFailed(EkibenError):
         self.version = version
 
 
+class RolloutFailed(EkibenError):
+    """A deployment whose state is failed or rolled_back; what was live before still serves."""
+
+    code = "rollout_failed"
+
+    def __init__(self, message: str, *, deployment: dict[str, Any], code: str | None = None, hint: str | None = None):
+        super().__init__(message, code=code, hint=hint)
+        self.deployment = deployment
+
+
 class StillWorking(EkibenError):
-    """Not live within the time to wait; nothing was cancelled."""
+    """Not done within the time to wait; nothing was cancelled. `known` is the version, deployment or build so far."""
 
     code = "still_working"
 
-    def __init__(self, message: str, *, version: dict[str, Any], hint: str | None = None):
+    def __init__(self, message: str, *, known: dict[str, Any], hint: str | None = None):
         super().__init__(message, hint=hint)
-        self.version = version
+        self.known = known
 
 
 def from_answer(status: int, body: bytes, what: str) -> ApiError:

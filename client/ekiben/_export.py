@@ -5,7 +5,7 @@ gives the same; a difference keeps the version from going live.
 
     LightGBM   Booster, LGBMModel        → text       model.txt     outputs of Booster.predict
     XGBoost    Booster, XGBModel         → JSON       model.json    outputs of Booster.predict at the best iteration
-    sklearn    estimator, pipeline       → skops      model.skops   outputs of predict
+    sklearn    estimator, pipeline       → skops      model.skops   outputs of predict_proba, else of predict
     ONNX       ModelProto                → protobuf   model.onnx    outputs of ONNX Runtime, where it is installed
 """
 
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,20 @@ class Exported:
     expected: dict[str, Any] | None
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A written file; the outputs for the sample; the model's columns, and whether it knows them by name.
+
+    `fields` stand in the sample's request beside its inputs.
+    """
+
+    file: Path
+    outputs: Any
+    columns: list[str] | None = None
+    named: bool = True
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
 def export(model: Any, folder: Path, sample: Any = None) -> Exported:
     """Write `model` into `folder` and predict `sample` (a frame, an array or rows) with it.
 
@@ -43,22 +58,25 @@ def export(model: Any, folder: Path, sample: Any = None) -> Exported:
             field="model",
             hint="save it as ONNX, or push a project around it: ekiben init --from FILE",
         )
-    if writer is _onnx:
-        sample = _rows_of_tensor(model, sample)
     body = None if sample is None else _sample.body(sample)
     if body is not None and not body.get("inputs"):
         raise ExportError(
             "the sample has no rows", code="bad_sample", field="sample", hint="pass some, like X_test[:100]"
         )
-    file, outputs = writer(model, folder, sample)
-    if body is None or outputs is None:
-        return Exported((file,), body, None)
-    values = _sample.outputs(outputs)
+    made = writer(model, folder, sample)
+    if body is None:
+        return Exported((made.file,), None, None)
+    if _sample.is_frame(sample):
+        body = _sample.body(_sample.fit(sample, made.columns, made.named))
+    body.update(made.fields)
+    if made.outputs is None:
+        return Exported((made.file,), body, None)
+    values = _sample.outputs(made.outputs)
     if len(values) != len(body["inputs"]):
         raise ExportError(
             f"the model gave {len(values)} outputs for {len(body['inputs'])} rows", code="bad_sample", field="sample"
         )
-    return Exported((file,), body, {"outputs": values})
+    return Exported((made.file,), body, {"outputs": values})
 
 
 def is_model(value: Any) -> bool:
@@ -79,7 +97,7 @@ def _writer(model: Any) -> Any:
     return None
 
 
-def _lightgbm(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
+def _lightgbm(model: Any, folder: Path, sample: Any) -> _Made:
     booster = model
     if not any(base.__name__ == "Booster" for base in type(model).__mro__):
         try:
@@ -89,10 +107,11 @@ def _lightgbm(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
     outputs = None if sample is None else _predicted(booster.predict, _frame(sample))
     file = folder / "model.txt"
     booster.save_model(str(file))  # up to the best iteration, as predict does
-    return file, outputs
+    names = booster.feature_name()
+    return _Made(file, outputs, names, named=names != [f"Column_{at}" for at in range(len(names))])
 
 
-def _xgboost(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
+def _xgboost(model: Any, folder: Path, sample: Any) -> _Made:
     xgboost = importlib.import_module("xgboost")
     wrapped = isinstance(model, xgboost.XGBModel)
     try:
@@ -117,7 +136,7 @@ def _xgboost(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
         )
     file = folder / "model.json"
     booster.save_model(str(file))
-    return file, outputs
+    return _Made(file, outputs, booster.feature_names, named=booster.feature_names is not None)
 
 
 def _best(booster: Any) -> tuple[int, int]:
@@ -126,7 +145,7 @@ def _best(booster: Any) -> tuple[int, int]:
     return (0, 0) if best is None else (0, int(best) + 1)
 
 
-def _sklearn(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
+def _sklearn(model: Any, folder: Path, sample: Any) -> _Made:
     try:
         io = importlib.import_module("skops.io")
     except ImportError:
@@ -136,9 +155,13 @@ def _sklearn(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
             field="model",
             hint="pip install skops",
         ) from None
-    outputs = None
+    outputs: Any = None
+    fields: dict[str, Any] = {}
     if sample is not None:
-        outputs = _predicted(model.predict, _frame(sample))
+        # Probabilities tell more than labels: a model that drifted a little still gives the same labels.
+        method = "predict_proba" if hasattr(model, "predict_proba") else "predict"
+        fields = {} if method == "predict" else {"method": method}
+        outputs = _predicted(getattr(model, method), _frame(sample))
     file = folder / "model.skops"
     try:
         io.dump(model, file)
@@ -149,10 +172,12 @@ def _sklearn(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
             field="model",
             hint="joblib.dump it, then ekiben init --from FILE writes a project around it",
         ) from None
-    return file, outputs
+    names = getattr(model, "feature_names_in_", None)
+    texts = getattr(model, "n_features_in_", None) is None  # a pipeline of texts has no columns at all
+    return _Made(file, outputs, None if names is None else list(names), texts or names is not None, fields)
 
 
-def _onnx(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
+def _onnx(model: Any, folder: Path, sample: Any) -> _Made:
     file = folder / "model.onnx"
     try:
         file.write_bytes(model.SerializeToString())
@@ -163,17 +188,22 @@ def _onnx(model: Any, folder: Path, sample: Any) -> tuple[Path, Any]:
             field="model",
             hint="onnx.save_model(model, path, save_as_external_data=True), then push the files",
         ) from None
-    return file, None if sample is None else _onnx_outputs(file, sample)
+    constants = {constant.name for constant in model.graph.initializer}
+    inputs = [tensor.name for tensor in model.graph.input if tensor.name not in constants]
+    named = len(inputs) > 1 or (_sample.is_frame(sample) and list(map(str, sample.columns)) == inputs)
+    if sample is None:
+        return _Made(file, None, inputs, named)
+    rows = _sample.rows(_sample.fit(sample, inputs, named) if _sample.is_frame(sample) else sample)
+    return _Made(file, _onnx_outputs(file, rows), inputs, named)
 
 
-def _onnx_outputs(file: Path, sample: Any) -> list[Any] | None:
+def _onnx_outputs(file: Path, rows: list[Any]) -> list[Any] | None:
     """One value a row, as the kind `onnx` answers: of the only output, or an object by output name."""
     try:
         onnxruntime = importlib.import_module("onnxruntime")
         numpy = importlib.import_module("numpy")
     except ImportError:
         return None
-    rows = _sample.rows(sample)
 
     def run() -> list[Any]:
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -210,15 +240,6 @@ def _listed(answer: Any) -> list[Any]:
         else value
         for value in values
     ]
-
-
-def _rows_of_tensor(model: Any, sample: Any) -> Any:
-    """A frame for a model with one input tensor has its rows there, not its columns."""
-    constants = {constant.name for constant in model.graph.initializer}
-    inputs = [tensor for tensor in model.graph.input if tensor.name not in constants]
-    if len(inputs) == 1 and hasattr(sample, "to_numpy") and list(map(str, sample.columns)) != [inputs[0].name]:
-        return sample.to_numpy()
-    return sample
 
 
 def _predicted(predict: Any, table: Any) -> Any:

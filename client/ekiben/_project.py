@@ -230,7 +230,7 @@ def _requirements(recipe: _Recipe, names: Iterable[str]) -> tuple[list[str], lis
         )
         wanted[recipe.distributions[0]] = ""
     # Alternatives such as xgboost-cpu and xgboost hold the same module; the first one that is there will do.
-    alternatives = recipe.distributions[0].startswith("xgboost")
+    alternatives = "xgboost" in recipe.distributions
     wanted.update({name: _version(name) for name in (found[:1] if alternatives else found)})
     for name in ("pandas",) if "pandas" in installed else ("numpy",):
         wanted[name] = _version(name) if _has(name) else ""

@@ -11,7 +11,8 @@ import datetime
 import decimal
 import importlib
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ekiben._errors import ExportError
@@ -53,6 +54,26 @@ def rows(data: Any) -> list[Any]:
         field="sample",
         hint="pass a pandas DataFrame, a NumPy array or a list of rows",
     )
+
+
+def is_frame(data: Any) -> bool:
+    return _is(data, "pandas", "DataFrame")
+
+
+def fit(frame: Any, columns: Sequence[str] | None, named: bool) -> Any:
+    """A pandas frame with its columns named as the model names them.
+
+    A model trained on arrays has no names, so that only the order counts; LightGBM writes `_` for a space in a name.
+    """
+    if not named:
+        return frame.set_axis(range(frame.shape[1]), axis=1)
+    known = set(columns or ())
+    renamed = {
+        name: changed
+        for name in frame.columns
+        if isinstance(name, str) and name not in known and (changed := re.sub(r"\s", "_", name)) in known
+    }
+    return frame.rename(columns=renamed) if renamed else frame
 
 
 def outputs(values: Any) -> list[Any]:

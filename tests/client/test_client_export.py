@@ -97,7 +97,10 @@ def test_a_sklearn_pipeline_with_strings(table: Any, tmp_path: Path) -> None:
     exported = export(model, tmp_path, frame[:10])
     served = io.load(exported.files[0], trusted=io.get_untrusted_types(file=exported.files[0]))
     assert exported.expected is not None
-    assert served.predict(rows(exported)).tolist() == exported.expected["outputs"]
+    assert exported.sample is not None
+    assert exported.sample["method"] == "predict_proba"
+    sent = pd.DataFrame(exported.sample["inputs"])
+    assert np.allclose(served.predict_proba(sent), exported.expected["outputs"])
 
 
 def test_onnx_is_written_as_it_is(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from ekiben._commands import Json, Url, named, session
 from ekiben._commands.look import Name
-from ekiben._errors import EkibenError, UsageError
+from ekiben._errors import NotFound, RolloutFailed, StillWorking, UsageError
 
 if TYPE_CHECKING:
     from ekiben._client import Client
@@ -50,15 +50,14 @@ def deploy(
     ekiben deploy churn-test --model churn --version 4      # a second endpoint
     """
     with session(ctx, url, as_json) as (client, out):
-        wanted: dict[str, Any] = {"model": model, "replicas": replicas, "strategy": strategy}
-        wanted["version"] = version
-        if version is None:
-            wanted["version"] = _version(client, name, model, keep=any((replicas, cpu, memory, strategy)))
+        wanted = _as_it_is(client, name)
+        if version is None and (not wanted or not any((replicas, cpu, memory, strategy))):
+            version = int(client.version(model or name)["version"])
+        given = {"model": model, "version": version, "replicas": replicas, "strategy": strategy}
+        wanted.update({key: value for key, value in given.items() if value is not None})
         resources = {key: value for key, value in (("cpu", cpu), ("memory", memory)) if value is not None}
-        if resources:
-            wanted["resources"] = resources
-        state = client.deploy(name, {key: value for key, value in wanted.items() if value is not None})
-        _until_live(client, out, state, 0.0 if no_wait else wait)
+        wanted["resources"] = {**wanted.get("resources", {}), **resources}
+        _until_live(client, out, client.deploy(name, wanted), 0.0 if no_wait else wait)
 
 
 def rollback(
@@ -119,45 +118,41 @@ def rm(
             out.ticks(f"{what} is deleted")
 
 
-def _version(client: Client, name: str, model: str | None, keep: bool) -> int:
-    """The version when none is named: the running one while only its size changes, else the newest."""
-    if keep and model is None:
-        return int(client.deployment_state(name)["target"]["version"])
-    return int(client.version(model or name)["version"])
+def _as_it_is(client: Client, name: str) -> dict[str, Any]:
+    """What the deployment is to be now, so that a change of one thing leaves the others; empty for a new one."""
+    try:
+        state = client.deployment_state(name)
+    except NotFound:
+        return {}
+    wanted = dict(state.get("wanted") or state["target"])
+    return {**wanted, **{key: state[key] for key in ("replicas", "resources", "strategy")}}
 
 
 def _until_live(client: Client, out: Output, state: dict[str, Any], wait: float) -> None:
     name = str(state["name"])
     started = time.monotonic()
-    pause = 0.05
     try:
-        with out.stages() as show:
-            while state["state"] in ("pending", "rolling") and time.monotonic() - started < wait:
-                show(f"{state['state']}: {(state.get('target') or {}).get('model')} revision {state.get('revision')}")
-                time.sleep(pause)
-                pause = min(pause * 1.3, 0.5)
-                state = client.deployment_state(name)
+        if wait:
+            with out.stages() as show:
+                state = client.wait_for_deployment(state, wait, lambda now: show(_stage(now)))
     except KeyboardInterrupt:
         out.note(f"interrupted: {name} goes on without you; follow it: ekiben status {name}")
         raise typer.Exit(130) from None
+    except (RolloutFailed, StillWorking) as error:
+        if out.as_json:
+            out.value(error.deployment if isinstance(error, RolloutFailed) else error.known)
+        raise
     if out.as_json:
         out.value(state)
-    target = state.get("target") or {}
-    if state["state"] in ("failed", "rolled_back"):
-        raise EkibenError(
-            f"{name} {state['state'].replace('_', ' ')}: {state.get('reason')}",
-            code=state.get("code") or str(state["state"]),
-            hint=state.get("hint") or f"ekiben logs {name}",
-        )
-    if state["state"] != "live" and wait > 0:
-        raise EkibenError(
-            f"{name} is {state['state']} after {wait:g} s; the work goes on",
-            code="still_working",
-            hint=f"ekiben status {name}",
-        )
-    if not out.as_json:
-        seconds = time.monotonic() - started
-        version = f"{target.get('model')} version {target.get('version')}"
-        live = f"live in {seconds:.1f} s" if state["state"] == "live" else str(state["state"])
-        out.ticks(version, f"revision {state.get('revision')}", live)
-        out.line(str(state.get("url")))
+        return
+    wanted = state.get("wanted") or state["target"]
+    live = f"live in {time.monotonic() - started:.1f} s" if wait else str(state["state"])
+    out.ticks(f"{wanted['model']} version {wanted['version']}", f"revision {state['revision']}", live)
+    out.line(str(state["url"]))
+
+
+def _stage(state: dict[str, Any]) -> str:
+    wanted = state.get("wanted") or state["target"]
+    return (
+        f"{state['state']}: {wanted['model']} version {wanted['version']}, {state['ready']}/{state['replicas']} ready"
+    )

@@ -82,7 +82,7 @@ def image(
                     show(f"{build['state']}: {build.get('stage') or 'image'}")
                     if time.monotonic() - started > wait:
                         raise StillWorking(
-                            f"the build {build['id']} goes on", version=build, hint=f"ekiben builds {build['id']}"
+                            f"the build {build['id']} goes on", known=build, hint=f"ekiben builds {build['id']}"
                         )
                     time.sleep(pause)
                     pause = min(pause * 1.3, 1.0)

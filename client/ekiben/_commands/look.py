@@ -61,7 +61,7 @@ def status(
         out.table(_timed(revisions, "created"), ("revision", "model", "version", "state", "created", "reason"), "")
         if events:
             out.line()
-            out.table(_timed(events[-10:], "time"), ("time", "type", "reason", "message"), "")
+            out.table(_timed(events[:10], "time"), ("time", "type", "reason", "message"), "")
 
 
 def models(

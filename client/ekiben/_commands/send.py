@@ -105,7 +105,7 @@ def follow(client: Client, out: Output, version: dict[str, Any], wait: float, *,
         raise typer.Exit(130) from None
     except (VersionFailed, StillWorking) as error:
         if out.as_json:
-            out.value(error.version)
+            out.value(error.version if isinstance(error, VersionFailed) else error.known)
         raise
     if out.as_json:
         out.value(version)
