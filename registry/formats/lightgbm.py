@@ -1,7 +1,8 @@
 """LightGBM's text format, as written by `Booster.save_model`.
 
 LightGBM's own parser trusts the file's offsets (a wrong `tree_sizes` ends the whole process), so the frame is checked
-here: header, every tree where `tree_sizes` says, `end of trees`, and the footer. Trees are skipped, not read.
+here: header, every tree where `tree_sizes` says, `end of trees`, and the footer; and of each tree that its arrays have
+the right lengths and that its indices stay inside (a wrong one is followed out of memory's bounds, CVE-2024-43598).
 Source: LightGBM, src/boosting/gbdt_model_text.cpp; python-package/lightgbm/basic.py (`pandas_categorical`).
 """
 
@@ -18,6 +19,7 @@ FORMAT = "lightgbm-text"
 _SAVE = "booster.save_model('model.txt')"
 _LONGEST_LINE = 64 * 1024 * 1024
 _LARGEST_FOOTER = 64 * 1024 * 1024
+_LARGEST_TREE = 256 * 1024 * 1024
 _LONGEST_HEADER = 200  # lines
 _BOM = b"\xef\xbb\xbf"
 
@@ -96,23 +98,30 @@ def _trees(stream: BinaryIO, header: dict[str, str], path: str) -> None:
     sizes = header.get("tree_sizes")
     if sizes is None:
         invalid(path, "its header has no tree_sizes", _SAVE)
+    width = _int(header, "max_feature_idx", path, 50_000_000) + 1
     count = 0
     for word in sizes.split():
         if not word.isascii() or not word.isdigit() or len(word) > 12:
             invalid(path, "its tree_sizes are no sizes", _SAVE)
         mark = f"Tree={count}\n".encode()
         left = int(word)
+        if left > _LARGEST_TREE:
+            invalid(path, f"tree {count} has {left} bytes", _SAVE)
         start = read_up_to(stream, min(left, len(mark)))
         if start != mark:
             if mark.startswith(start) and len(start) < left:
                 truncated(path, f"it ends at tree {count} of {len(sizes.split())}", _SAVE)
             invalid(path, f"tree {count} is not where its header says", _SAVE)
         left -= len(start)
-        while left:
-            part = stream.read(min(left, 1 << 20))
-            if not part:
-                truncated(path, f"it ends within tree {count} of {len(sizes.split())}", _SAVE)
-            left -= len(part)
+        body = read_up_to(stream, left)
+        if len(body) < left:
+            truncated(path, f"it ends within tree {count} of {len(sizes.split())}", _SAVE)
+        try:
+            fault = _tree_fault(body, width)
+        except (ValueError, KeyError, IndexError):
+            fault = "an array is missing or malformed"
+        if fault is not None:
+            invalid(path, f"tree {count}: {fault}", _SAVE)
         count += 1
     if count == 0:
         raise UserError(
@@ -124,6 +133,67 @@ def _trees(stream: BinaryIO, header: dict[str, str], path: str) -> None:
     per_iteration = _int(header, "num_tree_per_iteration", path, 1_000_000)
     if per_iteration == 0 or count % per_iteration:
         invalid(path, f"{count} trees do not make up rounds of {per_iteration}", _SAVE)
+
+
+def _tree_fault(body: bytes, width: int) -> str | None:
+    """What is wrong with a tree whose lines these are, None if nothing is. ValueError, KeyError: malformed.
+
+    Leaf i is the child ~i. Each leaf and each inner node but the first is the child of exactly one node, so the
+    children in order are -leaves … -1, 1 … leaves - 2: this one comparison leaves no way out of bounds, and no circle
+    that could be entered from the first node.
+    """
+    arrays: dict[bytes, bytes] = {}
+    for line in body.split(b"\n"):
+        key, equals, value = line.partition(b"=")
+        if equals and key in arrays:
+            return f"it has {key.decode(errors='replace')[:40]} twice"
+        arrays[key] = value
+    leaves = int(arrays[b"num_leaves"])
+    if len(arrays[b"leaf_value"].split()) != leaves or leaves < 1:
+        return "leaf_value has not as many values as there are leaves"
+    if leaves > 1:
+        for key in (b"threshold", b"decision_type", b"split_feature", b"left_child", b"right_child"):
+            if len(arrays[key].split()) != leaves - 1:
+                return f"{key.decode()} has not as many values as there are splits"
+        children = sorted(map(int, (arrays[b"left_child"] + b" " + arrays[b"right_child"]).split()))
+        if children != [*range(-leaves, 0), *range(1, leaves - 1)]:
+            return "its nodes do not form a tree"
+        features = arrays[b"split_feature"].split()
+        # few features are split on many times: each is converted once
+        if any(not 0 <= int(feature) < width for feature in set(features)):
+            return "it splits on a feature that there is not"
+        if (fault := _categories_fault(arrays)) is not None:
+            return fault
+    return _linear_fault(arrays, leaves, width) if int(arrays.get(b"is_linear", b"0")) else None
+
+
+def _categories_fault(arrays: dict[bytes, bytes]) -> str | None:
+    """Categorical splits (lowest bit of decision_type) have the number of a bit set as threshold."""
+    sets = int(arrays[b"num_cat"])
+    kinds, thresholds = arrays[b"decision_type"].split(), arrays[b"threshold"].split()
+    numbers = [float(threshold) for kind, threshold in zip(kinds, thresholds, strict=True) if int(kind) & 1]
+    if any(not 0 <= number < sets for number in numbers):
+        return "a categorical split has no set of categories"
+    if sets == 0:
+        return None
+    bounds = [int(bound) for bound in arrays[b"cat_boundaries"].split()]
+    if len(bounds) != sets + 1 or bounds[0] != 0 or bounds != sorted(bounds):
+        return "cat_boundaries are out of order"
+    if len(arrays[b"cat_threshold"].split()) != bounds[-1]:
+        return "cat_threshold has not as many values as cat_boundaries says"
+    return None
+
+
+def _linear_fault(arrays: dict[bytes, bytes], leaves: int, width: int) -> str | None:
+    counts = [int(count) for count in arrays[b"num_features"].split()]
+    features = arrays[b"leaf_features"].split()
+    if len(counts) != leaves or min(counts) < 0 or len(arrays[b"leaf_const"].split()) != leaves:
+        return "its linear leaves are not as many as its leaves"
+    if not sum(counts) == len(features) == len(arrays[b"leaf_coeff"].split()):
+        return "a linear leaf has not as many coefficients as features"
+    if any(not 0 <= int(feature) < width for feature in set(features)):
+        return "a linear leaf uses a feature that there is not"
+    return None
 
 
 def _footer(stream: BinaryIO, path: str) -> list[list[Scalar]] | None:

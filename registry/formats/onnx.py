@@ -192,9 +192,10 @@ class _Model:
                     self._function(at, at + length, 0)
         except _Fault as caught:
             fault = caught
-        # ir_version and one more field that is rightly typed, be it cut: so a cut upload is told from other files
-        begun = fault is not None and fault.cut and wire.last[1] == _MODEL.get(wire.last[0])
-        self.certain = 1 in seen and (len(seen) > 1 or begun)
+        # other protobuf files begin alike: only a graph, or a cut where one may have been, makes it a faulty ONNX model
+        cut = fault is not None and fault.cut
+        begun = cut and wire.last[1] == _MODEL.get(wire.last[0])
+        self.certain = 1 in seen and (7 in seen or begun or (cut and len(seen) > 1))
         if fault is not None:
             raise fault
         if len(graphs) > 1:

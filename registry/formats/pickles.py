@@ -13,25 +13,33 @@ from registry.formats.upload import Upload, read_up_to, shown
 
 _LOOK = 1 << 16
 
-# The GLOBAL (c) opcode of protocols 0 and 1 names module and attribute, a line each. Old pickles have no magic number.
-_OLD_GLOBAL = re.compile(rb"c[A-Za-z_][\w.]{0,200}\n[A-Za-z_][\w.]{0,200}\n")
+# Old pickles have no magic number. What makes them dangerous is the GLOBAL opcode: c, module and attribute, a line
+# each; Python's own pickler remembers it at once (p or q), or calls it. A list of words looks alike, but does not end
+# with STOP.
+_OLD_GLOBAL = re.compile(rb"c[A-Za-z_][\w.]{0,200}\n[A-Za-z_][\w.]{0,200}\n(?:p\d+\n|q|\()")
 _OLD_START = re.compile(rb"(?:\(l?p?\d*\n?|\]q|\}q|c[A-Za-z_]|I\d|F\d|S'|V|\(dp|\(lp|\(i)")
+_STOP = b"."
 _ZLIB = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
 # compressions of joblib's that are not looked into; nothing else that is uploaded begins so
 _JOBLIB = {b"ZF0x": "an old joblib file", b"\x04\x22\x4d\x18": "lz4-compressed data, as joblib writes pickles"}
 
 
-def is_pickle(start: bytes) -> bool:
-    """Whether a file that starts with these bytes is a pickle of any protocol."""
+def is_pickle(start: bytes, last: bytes | None = None) -> bool:
+    """Whether a file that starts with these bytes is a pickle of any protocol; `last` is its last byte where known."""
     if len(start) >= 2 and start[0] == 0x80 and 2 <= start[1] <= 5:
         return True
+    if last not in (None, _STOP):
+        return False
     return _OLD_START.match(start) is not None and _OLD_GLOBAL.search(start[:4096]) is not None
 
 
 def refuse_pickle(upload: Upload, path: str) -> None:
     """UserError `pickle_refused` if the file is a pickle, plain or compressed as joblib does it."""
     start = upload.head(path, _LOOK)
-    if is_pickle(start):
+    with upload.open(path) as stream:
+        stream.seek(upload.sizes[path] - 1)
+        last = stream.read(1)
+    if is_pickle(start, last):
         refuse(path, "a Python pickle", _library(start))
     inner = _unpacked(upload, path, start)
     if is_pickle(inner):

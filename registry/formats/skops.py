@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NoReturn
 from registry.archive_zip import Entry, ZipFault, open_entry
 from registry.errors import UserError
 from registry.formats import skops_types as types
+from registry.formats.pickles import is_pickle
 from registry.formats.upload import Recognised, invalid, read_up_to, shown, truncated
 from registry.signature import Column, Scalar, Signature
 
@@ -164,11 +165,6 @@ def _check_members(stream: BinaryIO, members: list[Entry], path: str) -> None:
             _pickled(path, entry.name)
         else:
             invalid(path, f"its member {shown(entry.name)!r} is no array", _SAVE)
-
-
-def is_pickle(start: bytes) -> bool:
-    """Whether bytes start as a pickle of protocol 2 or later, framed or not."""
-    return len(start) >= 2 and start[0] == 0x80 and 2 <= start[1] <= 5
 
 
 def _pickled(path: str, name: str) -> NoReturn:

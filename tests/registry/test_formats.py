@@ -251,6 +251,33 @@ def test_lightgbm_with_tree_sizes_that_lie_is_refused(made):
     assert refused(data[:at] + b"1" + data[at:]).code in ("invalid_model", "truncated_model")
 
 
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        (b"left_child=", b"left_child=1000000 "),
+        (b"left_child=", b"left_child=-1000000 "),
+        (b"right_child=", b"right_child=0 "),
+        (b"split_feature=", b"split_feature=-1 "),
+        (b"split_feature=", b"split_feature=99999 "),
+        (b"num_leaves=", b"num_leaves=1"),
+        (b"num_cat=", b"num_cat=7"),
+        (b"leaf_value=", b"leaf_value=1 2 "),
+        (b"leaf_value=", b"leaf="),
+        (b"decision_type=", b"decision_type=x "),
+    ],
+)
+def test_lightgbm_whose_tree_points_out_of_bounds_is_refused(made, key, change):
+    data = made("lightgbm_binary")
+    start = data.index(b"Tree=0\n")
+    end = data.index(b"Tree=1\n")
+    tree = data[start:end]
+    head, _, tail = tree.partition(key)
+    # replaces the first value where the change ends with a space, so that the number of values stays
+    forged = head + change + (tail.partition(b" ")[2] if change.endswith(b" ") else tail)
+    sizes = data[:start].replace(b"tree_sizes=%d " % len(tree), b"tree_sizes=%d " % len(forged))
+    assert refused(sizes + forged + data[end:]).code == "invalid_model"
+
+
 # XGBoost
 
 
@@ -592,6 +619,16 @@ def test_joblib_files_are_refused_with_the_way_out(compress, tmp_path):
     error = refused((tmp_path / "m.joblib").read_bytes())
     assert error.code == "pickle_refused"
     assert "skops" in (error.hint or "")
+
+
+def test_a_list_of_words_beside_a_model_is_no_pickle(made):
+    words = b"cat\ndog\nquail\np1\nposix\nmkdir\np0\nsystem\n"
+    assert see({"m.txt": made("lightgbm_binary"), "labels.txt": words}).path == "m.txt"
+
+
+def test_other_protobuf_files_are_not_called_damaged_onnx():
+    core_ml = b"\x08\x05\x12\x04abcd\xc2\x0c\x01x"
+    assert refused(core_ml).code == "unknown_format"
 
 
 def test_a_lightgbm_pickle_is_told_how_to_save_text():
