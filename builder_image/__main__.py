@@ -34,6 +34,10 @@ OK, USER_ERROR, INFRASTRUCTURE_ERROR, LIMIT = 0, 2, 3, 4
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("containerize", "base"):
+        from builder_image import commands  # their parsers and the registry client are not for builds
+
+        return commands.main(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m builder_image", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

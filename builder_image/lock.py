@@ -69,7 +69,7 @@ class Lock:
 def parse(text: str) -> Lock:
     """Read a lock, as uv or pip-compile write it. Every line must be pinned and carry a hash."""
     pins = []
-    for line in _logical_lines(text):
+    for line in logical_lines(text):
         hashes = tuple(sorted(_HASH.findall(" " + line)))
         requirement = _requirement(_HASH.sub("", " " + line).strip())
         if "==" not in str(requirement.specifier) or not hashes:
@@ -97,7 +97,7 @@ def requirements_of(path: Path) -> tuple[str, ...]:
         return _from_pylock(_toml(text, path.name), path.name)
     if path.suffix == ".toml":
         return requirement_lines(_toml(text, path.name).get("project", {}).get("dependencies", []), path.name)
-    return requirement_lines(_logical_lines(text), path.name)
+    return requirement_lines(logical_lines(text), path.name)
 
 
 def user_requirements(path: Path, *, work: Path, tools: Tools) -> tuple[str, ...]:
@@ -284,7 +284,7 @@ def _explain(output: str, python: str) -> UserError | InfrastructureError:
     return UserError("bad_requirements", text or "uv could not read the requirements", field="requirements")
 
 
-def _logical_lines(text: str) -> list[str]:
+def logical_lines(text: str) -> list[str]:
     """Lines of a requirements file: continued lines joined, comments and blank lines gone."""
     lines, current = [], ""
     for raw in text.splitlines():
@@ -364,7 +364,7 @@ def export_uv_lock(path: Path, *, work: Path, tools: Tools) -> tuple[str, ...]:
     done = tools.processes.run(argv, env=tools.env, cwd=folder)
     if done.code != 0:
         raise UserError("bad_requirements", f"{path.name} could not be read: {done.output}", field="requirements")
-    return requirement_lines(_logical_lines(output.read_text()), path.name)
+    return requirement_lines(logical_lines(output.read_text()), path.name)
 
 
 def _pinned(name: str, version: str, marker: str | None, hashes: Sequence[str]) -> str:

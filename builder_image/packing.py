@@ -87,7 +87,7 @@ def pack(
         manifest = found.manifest
         weights = layers.model(found.dir, manifest.to_json(), manifest.to_bytes())
         run = Run(
-            env={**dict(packed.envs), **environment_of_image()},
+            env={**dict(packed.envs), **environment_of_image(platform)},
             entrypoint=(f"/{staging.VENV}/bin/python", "-m", "bentos.serving"),
             labels={"io.ekiben.bento": recipe.tag, "io.ekiben.model": manifest.digest},
         )
@@ -101,7 +101,7 @@ def pack(
         return deliver(image, order.output, target, name, keys, reused, progress)
 
 
-def environment_of_image() -> dict[str, str]:
+def environment_of_image(base: bases.BasePlatform) -> dict[str, str]:
     """What the wrapper and BentoML read at the start. A model's name and number come with the container instead."""
     return {
         "BENTOML_CONTAINERIZED": "true",
@@ -113,6 +113,7 @@ def environment_of_image() -> dict[str, str]:
         "HOME": "/tmp",
         "LANG": "C.UTF-8",
         "LC_ALL": "C.UTF-8",
+        "PATH": f"/{staging.VENV}/bin:{base.env.get('PATH', '/usr/local/bin:/usr/bin:/bin')}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": f"/{staging.SERVING}",
         "PYTHONUNBUFFERED": "1",

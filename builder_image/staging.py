@@ -73,20 +73,20 @@ class Kept:
 def dependencies_key(lock: Lock, base: BasePlatform, compression: Compression) -> str:
     """What the deps layer is made from. The base counts by its ABI: its patches reinstall nothing."""
     return _key(
-        "deps", lock.digest, base.abi, base.platform, layers.compressor(compression), _compiler(base), version("uv")
+        "deps", lock.digest, base.abi, base.platform, layers.compressor(compression), compiler(base), version("uv")
     )
 
 
 def code_key(recipe: bentos.Recipe, serving: Path, base: BasePlatform, compression: Compression) -> str:
     wrapper = bentos.content_digest(bentos.packages((), serving))
-    return _key("code", recipe.tag, recipe.lock.digest, wrapper, layers.compressor(compression), _compiler(base))
+    return _key("code", recipe.tag, recipe.lock.digest, wrapper, layers.compressor(compression), compiler(base))
 
 
 def _key(*parts: str) -> str:
     return f"{parts[0]}-{digest.of_json([FORMAT, layers.FORMAT, *parts])[7:]}"
 
 
-def _compiler(base: BasePlatform) -> str:
+def compiler(base: BasePlatform) -> str:
     """Bytecode is made by the same minor version only; between patches the compiler may differ, so both are named."""
     if environment.minor(None) != base.minor:
         return "none"
@@ -138,8 +138,7 @@ def _stage_environment(
     options = ("--python-version", base.minor, "--python-platform", _uv_platform(base), "--link-mode", "copy")
     environment.install(requirements, venv / "bin" / "python", options, base.minor, tools, wheels)
     _rehome(venv, base)
-    if _compiler(base) != "none":
-        _compile(stage, venv / "lib", own, tools)
+    compile_for(base, stage, venv / "lib", tools)
     links = [
         tarball.symlink(f"{VENV}/bin/{name}", base.python) for name in ("python", "python3", f"python{base.minor}")
     ]
@@ -188,11 +187,14 @@ def _point(script: Path) -> None:
         script.write_bytes(f"#!/{VENV}/bin/python\n".encode() + lines[3])
 
 
-def _compile(stage: Path, folder: Path, interpreter: str, tools: Tools) -> None:
-    """Bytecode that stays valid under fixed times and names no path of this machine.
+def compile_for(base: BasePlatform, stage: Path, folder: Path, tools: Tools) -> None:
+    """Bytecode that stays valid under fixed times and names no path of this machine; none for another minor version.
 
     A file that does not compile (a template, Python 2) is left as it is: the interpreter would say so on import.
     """
+    if compiler(base) == "none":
+        return
+    interpreter = environment.interpreter(base.minor)
     workers = str(max(1, min(4, os.cpu_count() or 1)))
     argv: list[str | Path] = [
         interpreter, "-P", "-s", "-m", "compileall", "-qq", "-j", workers, "-s", stage, "-p", "/",
@@ -242,11 +244,10 @@ def code(
         if path.startswith("src/") and inner in data and _is_data(place):
             links[f"{BENTO}/{path}"] = data[inner]
             continue
-        _copy(place, stage / BENTO / path)
+        copy(place, stage / BENTO / path)
     for path, place in bentos.packages((), serving).items():
-        _copy(place, stage / SERVING / path)
-    if _compiler(base) != "none":
-        _compile(stage, stage, environment.interpreter(environment.minor(None)), tools)
+        copy(place, stage / SERVING / path)
+    compile_for(base, stage, stage, tools)
     entries = tarball.entries_of_folder(stage, "")
     for path, target in links.items():
         entries += [*tarball.folders_above(path), tarball.symlink(path, f"/{target}")]
@@ -261,7 +262,7 @@ def _is_data(place: Path) -> bool:
     return place.suffix not in (".py", ".yaml", ".toml", ".txt") and place.stat().st_size >= _DATA_BYTES
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     target.chmod(0o755 if source.stat().st_mode & stat.S_IXUSR else 0o644)
