@@ -96,28 +96,30 @@ def write(model: Path, folder: Path) -> Written:
             code="folder_exists",
             hint="name another: ekiben init --from FILE DIR",
         )
+    # The name stands in Python, in YAML and as a pattern: plain characters mean the same in all three.
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model.name).strip("-")
     names = modules(model) if sort in ("joblib", "pickle") else frozenset()
     recipe = _RECIPES[sort]
     requirements, notes = _requirements(recipe, names)
     texts = {
-        "service.py": service(model.name, recipe, pandas="pandas" in _installed()),
-        "bentofile.yaml": _BENTOFILE.replace("FILE", _yaml(model.name)),
+        "service.py": service(plain, recipe, pandas="pandas" in _installed()),
+        "bentofile.yaml": _BENTOFILE.replace("FILE", plain),
         "requirements.txt": "".join(f"{line}\n" for line in requirements),
     }
-    if model.name in texts:
+    if plain in texts:
         raise UsageError(f"a model cannot be named {model.name}", code="bad_name", field="from", hint="rename the file")
     existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_text(text, "utf-8")
-        shutil.copyfile(model, folder / model.name)
+        shutil.copyfile(model, folder / plain)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         if existed:
             folder.mkdir()
         raise UsageError(f"{folder} cannot be written: {error.strerror}", code="not_writable") from None
-    return Written(folder, (*texts, model.name), tuple(notes))
+    return Written(folder, (*texts, plain), tuple(notes))
 
 
 def recognise(model: Path) -> str:
@@ -170,7 +172,7 @@ def service(file: str, recipe: _Recipe, *, pandas: bool) -> str:
     return _SERVICE.format(
         file=file,
         imports="\n".join(imports),
-        constant=f"FILE = Path(__file__).parent / {file!r}".replace("'", '"'),
+        constant=f'FILE = Path(__file__).parent / "{file}"',
         load=recipe.load if "FILE.read" in recipe.load else recipe.load.replace("FILE", "str(FILE)"),
         table=table,
         predict=recipe.predict
@@ -290,10 +292,3 @@ def _holds(model: Path, text: bytes) -> bool:
                 return True
             tail = chunk[-len(text) :]
     return False
-
-
-def _yaml(text: str) -> str:
-    """A double-quoted YAML scalar, which is what JSON writes."""
-    import json
-
-    return json.dumps(text)
