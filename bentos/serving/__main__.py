@@ -80,7 +80,7 @@ def serve(settings: Settings) -> None:
         folder.verify(settings.digest)
     listener = _listen(settings)
     service = _load(settings.bento)
-    app = _application(service, settings)
+    app, settings = _application(service, settings)
     import uvicorn
 
     config = uvicorn.Config(
@@ -89,6 +89,7 @@ def serve(settings: Settings) -> None:
         access_log=False,
         lifespan="off",
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_DRAIN_SECONDS,
         ws="none",
@@ -154,7 +155,8 @@ def _load(bento: Path) -> Any:
         from _bentoml_impl.loader import load
         from _bentoml_sdk import Service
 
-        # This wrapper may run from a copy of its own, while the Bento carries its kind in another portion of the package.
+        # This wrapper may run from a copy of its own, while the Bento carries its kind in another portion of the
+        # package.
         carried = str(bento.resolve() / "src" / "bentos")
         if carried not in bentos.__path__:
             bentos.__path__.append(carried)
@@ -171,9 +173,15 @@ def _load(bento: Path) -> Any:
         raise StartError("service_import_failed", message, hint) from error
 
 
-def _application(service: Any, settings: Settings) -> Any:
-    """BentoML's application, as its own worker makes it, with our routes where the service has none."""
+def _application(service: Any, settings: Settings) -> tuple[Any, Settings]:
+    """BentoML's application, as its own worker makes it, with our routes where the service has none.
+
+    Gives the settings back with the service's own time bound, where it asks for a shorter one.
+    """
+    from _bentoml_impl.server.app import ServiceAppFactory
+    from bentoml._internal.configuration.containers import BentoMLContainer
     from bentoml._internal.context import server_context
+    from bentoml._internal.server.metrics.prometheus import PrometheusClient
     from bentoml._internal.utils.uri import join_paths
 
     from bentos.serving.routes import mount, offers
@@ -181,8 +189,6 @@ def _application(service: Any, settings: Settings) -> Any:
     if not offers(service):
         mount(service)
     service.config.setdefault("logging", {"access": {"enabled": False}})
-    # the wrapper keeps the time; BentoML's own bound must not strike first, unless the service asked for it
-    service.config.setdefault("traffic", {}).setdefault("timeout", settings.request_seconds + 5)
     server_context.service_type = "entry_service"
     server_context.service_name = service.name
     server_context.service_routes = [join_paths(service.path_prefix, api.route) for api in service.apis.values()]
@@ -191,7 +197,16 @@ def _application(service: Any, settings: Settings) -> Any:
     else:
         server_context.bento_name = service.bento.tag.name
         server_context.bento_version = service.bento.tag.version or "not available"
-    return service.to_asgi(is_main=True)
+    # one process: metrics stay in memory, without the files that several workers would share
+    BentoMLContainer.metrics_client.set(PrometheusClient(multiproc=False))
+    service.inject_config()
+    factory = ServiceAppFactory(service, is_main=True)
+    if "timeout" in service.config.get("traffic", {}):
+        settings = replace(settings, request_seconds=min(settings.request_seconds, factory.timeout))
+    # The wrapper keeps the time. BentoML's own layer would start a task and a timer for each request, and when an
+    # application raises before it answers (1.4.39) it waits for its whole bound.
+    factory.timeout = None
+    return factory(), settings
 
 
 def _instance_about() -> Any:

@@ -37,6 +37,10 @@ class Model:
 
         path = folder.path()
         data = path.read_bytes()
+        hint = "save it with Booster.save_model"
+        if not data.startswith(b"{"):  # XGBoost ends the whole process over an empty file
+            message = f"{path.name} is neither JSON nor UBJ, as XGBoost saves models"
+            raise serving.StartError("model_load_failed", message, hint)
         self.booster = xgboost.Booster({"nthread": 1})
         try:
             # from memory, as XGBoost would otherwise guess the format from the file's name
@@ -45,12 +49,13 @@ class Model:
         except (xgboost.core.XGBoostError, ValueError) as error:
             said = str(error).split("Stack trace")[0].strip()[:500]
             message = f"{path.name} is not an XGBoost model in JSON or UBJ: {said}"
-            raise serving.StartError("model_load_failed", message, "save it with Booster.save_model") from error
+            raise serving.StartError("model_load_failed", message, hint) from error
         self.booster.set_param({"nthread": 1})
         self._numpy = numpy
         self._matrix = xgboost.DMatrix
         learner = config["learner"]
-        self._inplace = learner["gradient_booster"]["name"] != "gblinear"
+        # gblinear has no prediction in place, and dart's differs from Booster.predict in the last digits
+        self._inplace = learner["gradient_booster"]["name"] == "gbtree"
         # after early stopping XGBoost's own scikit-learn interface predicts up to the best iteration, and so do we
         best = self.booster.attr("best_iteration")
         self._range = (0, int(best) + 1) if best is not None else (0, 0)
@@ -122,7 +127,14 @@ def _categories(booster: Any) -> dict[int, tuple[Any, ...]]:
         if "offsets" in encoder:  # strings: UTF-8 bytes, as signed numbers, with the places where each one starts
             text = bytes(b & 0xFF for b in values)
             ends = encoder["offsets"]
-            found[i] = tuple(text[a:b].decode("utf-8") for a, b in pairwise(ends))
+            try:
+                found[i] = tuple(text[a:b].decode("utf-8") for a, b in pairwise(ends))
+            except UnicodeDecodeError as error:
+                # XGBoost 3.2 counts letters where it should count bytes, and cuts the rest off
+                name = (booster.feature_names or [])[i : i + 1]
+                message = f"the categories of column {name or i} are damaged in the file: they are not ASCII"
+                hint = "train with ASCII category names, or with their codes as numbers"
+                raise serving.StartError("model_load_failed", message, hint) from error
         else:
             found[i] = tuple(values)
     return found
