@@ -242,7 +242,7 @@ def test_json_everywhere_is_one_value_on_stdout(server: Running, deployed: ekibe
     for arguments in (
         ["status"], ["status", deployed.name], ["models"], ["models", deployed.name], ["models", f"{deployed.name}:1"],
         ["builds"], ["builds", build], ["kinds"], ["open", deployed.name], ["version"], ["doctor"], ["up"],
-        ["token", "list"],
+        ["token", "list"], ["base", "list"],
     ):  # fmt: skip
         done = server.ekiben(*arguments, "--json")
         assert done.returncode == 0, (arguments, done.stderr)

@@ -25,7 +25,7 @@ def add(app: typer.Typer) -> None:
         rich_markup_mode=None,
     )
     base.command("import", context_settings=_PASSED_ON)(base_import)
-    base.command("list", context_settings=_PASSED_ON)(base_list)
+    base.command("list")(base_list)
     app.add_typer(base, name="base")
 
 
@@ -136,13 +136,37 @@ def base_import(
     _builder("base", "import", source, *ctx.args)
 
 
-def base_list(ctx: typer.Context) -> None:
+def base_list(ctx: typer.Context, as_json: Json = False) -> None:
     """Show the base images of this machine.
 
     \b
     ekiben base list
     """
-    _builder("base", "list", *ctx.args)
+    import tomllib
+
+    from ekiben import _config
+    from ekiben._commands import printing
+
+    out = printing(ctx, as_json)
+    found = []
+    for file in sorted((_config.home() / "bases").glob("*.toml")):
+        try:
+            described = tomllib.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise EkibenError(
+                f"{file} cannot be read: {error}", code="bad_base", hint="import it again: ekiben base import REF"
+            ) from None
+        found.append({**described, "name": file.stem})
+    if out.as_json:
+        out.value({"items": found})
+        return
+    rows = [{"name": one["name"], "python": _python(one)} for one in found]
+    out.table(rows, ("name", "python"), "no base image is here yet: ekiben base import REF")
+
+
+def _python(described: dict[str, Any]) -> str | None:
+    python = described.get("python")
+    return str(python.get("version")) if isinstance(python, dict) else None if python is None else str(python)
 
 
 def _builder(*arguments: str) -> None:

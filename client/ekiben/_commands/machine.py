@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -148,9 +149,7 @@ def version(ctx: typer.Context, url: Url = None, as_json: Json = False) -> None:
     ekiben version
     ekiben version --url http://localhost:8000
     """
-    import platform
-
-    known: dict[str, str | None] = {"ekiben": ekiben.__version__, "python": platform.python_version()}
+    known: dict[str, str | None] = {"ekiben": ekiben.__version__, "python": sys.version.split()[0]}
     if url is not None:
         with session(ctx, url, as_json) as (client, out):
             known["server"] = client.about()["version"]
