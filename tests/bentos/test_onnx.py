@@ -1,0 +1,169 @@
+"""The kind onnx beside ONNX Runtime itself, on graphs made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from bentos.onnx.service import Model
+from bentos.serving import Problem, StartError, write_model
+
+
+def _graph(nodes: list[Any], inputs: list[Any], outputs: list[Any], constants: list[Any] | None = None) -> Any:
+    infos = [[helper.make_tensor_value_info(*i) for i in part] for part in (inputs, outputs)]
+    graph = helper.make_graph(nodes, "g", *infos, constants or [])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    model = helper.make_model(graph, opset_imports=opsets)
+    model.ir_version = 9
+    return model
+
+
+def _model(tmp_path: Path, graph: Any) -> Model:
+    data = graph if isinstance(graph, bytes) else graph.SerializeToString()
+    return Model(write_model(tmp_path / "m", kind="onnx", format="onnx", files={"m.onnx": data}))
+
+
+def _refused(model: Model, row: Any) -> Problem:
+    with pytest.raises(Problem) as raised:
+        model.outputs([row])
+    return raised.value
+
+
+def test_a_table_of_named_columns_of_several_types(tmp_path: Path) -> None:
+    node = helper.make_node
+    graph = _graph(
+        [
+            node("Cast", ["age"], ["a"], to=TensorProto.FLOAT),
+            node("Add", ["a", "pay"], ["sum"]),
+            node("Identity", ["plan"], ["same"]),
+        ],
+        [
+            ("age", TensorProto.INT64, [None, 1]),
+            ("pay", TensorProto.FLOAT, [None, 1]),
+            ("plan", TensorProto.STRING, [None, 1]),
+        ],
+        [("sum", TensorProto.FLOAT, [None, 1]), ("same", TensorProto.STRING, [None, 1])],
+    )
+    model = _model(tmp_path, graph)
+    row = {"age": 31, "pay": 0.5, "plan": "프로"}
+    truth = {"sum": [31.5], "same": ["프로"]}
+    assert model.outputs([row, [31, 0.5, "프로"], {"age": [31.0], "pay": [0.5], "plan": ["프로"]}]) == [truth] * 3
+    assert _refused(model, {**row, "age": 31.5}).field == "inputs[0].age[0]"
+    assert _refused(model, {**row, "age": 2**63}).code == "wrong_type"
+    assert _refused(model, {**row, "plan": 3}).field == "inputs[0].plan[0]"
+    assert _refused(model, {**row, "pay": "1"}).code == "wrong_type"
+    assert _refused(model, {"age": 1, "pay": 1}).field == "inputs[0].plan"
+    assert _refused(model, {**row, "more": 1}).code == "unknown_column"
+    assert _refused(model, [1, 2]).code == "wrong_width"
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", "int8", "uint8", "int32", "int64", "uint64", "bool"])
+def test_every_number_type_is_converted_and_bounded(tmp_path: Path, kind: str) -> None:
+    code = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    graph = _graph([helper.make_node("Identity", ["x"], ["y"])], [("x", code, [None, 2])], [("y", code, [None, 2])])
+    model = _model(tmp_path, graph)
+    row = [True, False] if kind == "bool" else [1, 0]
+    assert model.outputs([row, row]) == [row, row]
+    too_much = {"float16": 1e5, "float32": 1e39, "bool": 2}.get(kind, 1e999 if kind == "float64" else 2**70)
+    assert _refused(model, [row[0], too_much]).field == "inputs[0][1]"
+
+
+def test_pictures_keep_their_shape(tmp_path: Path) -> None:
+    graph = _graph(
+        [helper.make_node("ReduceMean", ["picture"], ["mean"], axes=[1, 2, 3], keepdims=0)],
+        [("picture", TensorProto.FLOAT, ["n", 3, 4, 4])],
+        [("mean", TensorProto.FLOAT, ["n"])],
+    )
+    model = _model(tmp_path, graph)
+    pictures = np.random.default_rng(0).random((2, 3, 4, 4)).astype(np.float32)
+    truth = onnxruntime.InferenceSession(graph.SerializeToString()).run(None, {"picture": pictures})[0]
+    assert model.outputs(pictures.tolist()) == truth.tolist()
+    ragged = pictures[0].tolist()
+    ragged[2][1] = [0.0]
+    problem = _refused(model, ragged)
+    assert (problem.code, problem.field) == ("wrong_width", "inputs[0][2][1]")
+
+
+def test_labels_and_maps_of_probabilities_become_json(tmp_path: Path) -> None:
+    weights = [1.0, -1.0]
+    graph = _graph(
+        [
+            helper.make_node(
+                "LinearClassifier",
+                ["x"],
+                ["label", "raw"],
+                domain="ai.onnx.ml",
+                coefficients=[-w for w in weights] + weights,
+                intercepts=[0.0, 0.0],
+                classlabels_strings=["no", "yes"],
+                post_transform="SOFTMAX",
+            ),
+            helper.make_node("ZipMap", ["raw"], ["odds"], domain="ai.onnx.ml", classlabels_strings=["no", "yes"]),
+        ],
+        [("x", TensorProto.FLOAT, [None, 2])],
+        [("label", TensorProto.STRING, [None])],
+    )
+    maps = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(TensorProto.STRING, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    )
+    graph.graph.output.append(helper.make_value_info("odds", maps))
+    model = _model(tmp_path, graph)
+    outputs = model.outputs([[2.0, 0.0], [0.0, 2.0]])
+    assert [o["label"] for o in outputs] == ["yes", "no"]
+    assert [sorted(o["odds"]) for o in outputs] == [["no", "yes"]] * 2
+    assert outputs[0]["odds"]["yes"] == pytest.approx(0.982, abs=1e-3)
+    assert model.about.classes == ["no", "yes"]
+
+
+def test_a_fixed_batch_of_one_is_asked_row_by_row(tmp_path: Path) -> None:
+    graph = _graph(
+        [helper.make_node("Neg", ["x"], ["y"])],
+        [("x", TensorProto.FLOAT, [1, 2])],
+        [("y", TensorProto.FLOAT, [1, 2])],
+    )
+    assert _model(tmp_path, graph).outputs([[1, 2], [3, 4]]) == [[-1, -2], [-3, -4]]
+    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+    graph.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 8
+    with pytest.raises(StartError, match="exactly 8 rows"):
+        _model(tmp_path, graph)
+
+
+def test_an_index_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
+    table = numpy_helper.from_array(np.eye(3, dtype=np.float32), "table")
+    graph = _graph(
+        [helper.make_node("Gather", ["table", "word"], ["vector"])],
+        [("word", TensorProto.INT64, [None])],
+        [("vector", TensorProto.FLOAT, [None, 3])],
+        [table],
+    )
+    model = _model(tmp_path, graph)
+    assert model.outputs([0, 2]) == [[1, 0, 0], [0, 0, 1]]
+    assert _refused(model, 7).code == "prediction_refused"
+
+
+def test_external_data_is_read_from_the_same_folder(tmp_path: Path) -> None:
+    weights = np.arange(4096, dtype=np.float32).reshape(2, 2048)
+    graph = _graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [("x", TensorProto.FLOAT, [None, 2])],
+        [("y", TensorProto.FLOAT, [None, 2048])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    onnx.save_model(graph, tmp_path / "big.onnx", save_as_external_data=True, location="big.bin", size_threshold=0)
+    files = {"big.onnx": tmp_path / "big.onnx", "big.bin": tmp_path / "big.bin"}
+    model = Model(write_model(tmp_path / "m", kind="onnx", format="onnx", files=files))
+    assert model.outputs([[0, 1]]) == [weights[1].tolist()]
+
+
+@pytest.mark.parametrize("data", [b"", b"not a model", b"\x08\x09\x12\x00"])
+def test_a_file_that_is_no_model_is_named(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(StartError) as raised:
+        _model(tmp_path, data)
+    assert raised.value.code == "model_load_failed"
+    assert "m.onnx" in raised.value.message
