@@ -1,0 +1,186 @@
+"""`python -m builder_image` as build_service starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder_image.spec import BuildSpec
+
+REPOSITORY = Path(__file__).parents[2]
+KIND_TOML = 'name = "tiny"\nservice = "service:Tiny"\npackages = ["bentos.serving"]\npredict = "/predict"\n'
+KIND_SERVICE = """
+import bentoml
+
+@bentoml.service(name="tiny")
+class Tiny:
+    @bentoml.api(route="/predict")
+    def predict(self, inputs: list[float]) -> dict[str, list[float]]:
+        return {"outputs": inputs}
+"""
+
+
+@pytest.fixture
+def kind(tmp_path: Path) -> Path:
+    """A kind that predicts what it is given, with the lock that the lightgbm kind has committed."""
+    folder = tmp_path / "bentos" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "kind.toml").write_text(KIND_TOML)
+    (folder / "service.py").write_text(KIND_SERVICE)
+    (folder / "bentofile.yaml").write_text("service: 'service:Tiny'\n")
+    (folder / "requirements.in").write_text("bentoml==1.4.39\n")
+    (folder / "requirements.txt").write_text((REPOSITORY / "bentos" / "lightgbm" / "requirements.txt").read_text())
+    return folder
+
+
+def spec(tmp_path: Path, model: Path, kind: Path, **more: Any) -> Path:
+    home = tmp_path / "home"
+    body = {
+        "schema": "ekiben.build.v1",
+        "work": str(home / "builds" / "1" / "work"),
+        "result": str(home / "builds" / "1" / "result.json"),
+        "model": {"dir": str(model)},
+        "kind": {"name": kind.name, "dir": str(kind)},
+        "serving": str(REPOSITORY / "bentos" / "serving"),
+        "cache": {"environments": str(home / "environments"), "bentos": str(home / "bentos")},
+        "allow_code": False,
+        "lock": None,
+        "image": None,
+        **more,
+    }
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps(body))
+    return file
+
+
+def run(file: Path, **env: str) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
+    """(exit code, progress lines, result)"""
+    done = subprocess.run(
+        [sys.executable, "-m", "builder_image", file], cwd=REPOSITORY, env={**os.environ, **env}, stdout=subprocess.PIPE
+    )
+    result = json.loads(Path(json.loads(file.read_text())["result"]).read_text())
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], result
+
+
+@pytest.mark.slow
+def test_new_weights_install_nothing_and_import_nothing(
+    tmp_path: Path, kind: Path, make_version: Callable[..., Path]
+) -> None:
+    first = make_version(tmp_path / "m1", {"w.txt": "1"}, kind="tiny", format="plain")
+    code, lines, result = run(spec(tmp_path, first, kind))
+    assert code == 0
+    assert Path(result["environment"]["dir"], "bin", "python").exists()
+    assert Path(result["bento"]["dir"], "src", "bentos", "serving", "__init__.py").is_file()
+    assert result["predict"] == "/predict"
+    assert [stage["stage"] for stage in result["stages"]] == ["fetch", "resolve", "environment", "bento"]
+    assert {"stage": "environment", "message": "installed"} in lines
+    second = make_version(tmp_path / "m2", {"w.txt": "2"}, kind="tiny", format="plain")
+    code, lines, again = run(spec(tmp_path, second, kind), UV_OFFLINE="1", UV_CACHE_DIR=str(tmp_path / "empty"))
+    assert code == 0
+    assert [line["message"] for line in lines].count("already there") == 2
+    assert (again["bento"], again["environment"]) == (result["bento"], result["environment"])
+    assert again["identity"] != result["identity"]
+    assert not (tmp_path / "home" / "builds" / "1" / "work").exists()
+    code, _, same = run(spec(tmp_path, first, kind))
+    assert (code, same["identity"]) == (0, result["identity"])
+
+
+def test_a_damaged_file_stops_the_build(tmp_path: Path, kind: Path, make_version: Callable[..., Path]) -> None:
+    model = make_version(tmp_path / "m", {"w.txt": "1"}, kind="tiny", format="plain")
+    (model / "files" / "w.txt").write_text("2")
+    code, _, result = run(spec(tmp_path, model, kind))
+    assert code == 3
+    assert result["error"]["code"] == "digest_mismatch"
+    assert result["error"]["stage"] == "fetch"
+    assert "files/w.txt" in result["error"]["message"]
+
+
+def test_a_link_in_a_model_folder_is_not_followed(
+    tmp_path: Path, kind: Path, make_version: Callable[..., Path]
+) -> None:
+    model = make_version(tmp_path / "m", {"w.txt": "1"}, kind="tiny", format="plain")
+    (tmp_path / "elsewhere").write_text("1")
+    (model / "files" / "w.txt").unlink()
+    (model / "files" / "w.txt").symlink_to(tmp_path / "elsewhere")
+    code, _, result = run(spec(tmp_path, model, kind))
+    assert (code, result["error"]["code"]) == (3, "digest_mismatch")
+
+
+def test_a_users_code_is_refused_without_the_permission(
+    tmp_path: Path, kind: Path, make_version: Callable[..., Path]
+) -> None:
+    model = make_version(tmp_path / "m", {"service.py": KIND_SERVICE})
+    code, _, result = run(spec(tmp_path, model, kind))
+    assert (code, result["error"]["code"]) == (2, "run_code_not_allowed")
+    assert result["error"]["hint"]
+
+
+def test_a_users_bad_requirement_is_the_users_error_with_a_hint(
+    tmp_path: Path, kind: Path, make_version: Callable[..., Path]
+) -> None:
+    asked = ("requirements.txt", "--index-url https://example.org/simple\nsix\n")
+    model = make_version(tmp_path / "m", {"w.txt": "1"}, kind="tiny", format="plain", requirements=asked)
+    code, _, result = run(spec(tmp_path, model, kind))
+    assert (code, result["error"]["code"], result["error"]["stage"]) == (2, "bad_requirements", "resolve")
+
+
+def test_unknown_fields_of_a_spec_are_refused(tmp_path: Path, kind: Path, make_version: Callable[..., Path]) -> None:
+    model = make_version(tmp_path / "m", {"w.txt": "1"}, kind="tiny", format="plain")
+    with pytest.raises(ValueError, match="extra"):
+        BuildSpec.model_validate_json(spec(tmp_path, model, kind, extra=1).read_text())
+
+
+HANGS = "import pathlib, time\npathlib.Path({place!r}).write_text('x')\ntime.sleep(600)\n"
+
+
+@pytest.mark.slow
+def test_when_the_parent_dies_the_build_and_all_it_started_die_and_leave_nothing_half_made(
+    tmp_path: Path, kind: Path, make_version: Callable[..., Path]
+) -> None:
+    started = tmp_path / "started"
+    model = make_version(
+        tmp_path / "m",
+        {"service.py": HANGS.format(place=str(started)), "requirements.txt": "six\n"},
+    )
+    file = spec(tmp_path, model, kind, allow_code=True)
+    ours, theirs = os.pipe()
+    builder = subprocess.Popen(
+        [sys.executable, "-m", "builder_image", file, "--lifeline-fd", str(ours)],
+        cwd=REPOSITORY, pass_fds=[ours], start_new_session=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(ours)
+    for _ in range(1200):
+        if started.exists() or builder.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert started.exists()
+    inspector = [pid for pid in _processes() if b"inspector.py" in pid[1] and str(tmp_path).encode() in pid[1]]
+    assert inspector
+    os.close(theirs)
+    assert builder.wait(timeout=30) == -signal.SIGKILL
+    for _ in range(200):
+        if not [pid for pid in _processes() if str(tmp_path).encode() in pid[1]]:
+            break
+        time.sleep(0.05)
+    assert not [pid for pid in _processes() if str(tmp_path).encode() in pid[1]]
+    bentos = tmp_path / "home" / "bentos"
+    assert not [path for path in bentos.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _processes() -> list[tuple[int, bytes]]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append((int(path.parent.name), path.read_bytes()))
+        except OSError:
+            continue
+    return found
