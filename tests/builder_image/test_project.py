@@ -36,7 +36,8 @@ def test_pyproject_gives_its_dependencies(tmp_path: Path) -> None:
 def test_bentomls_image_api_is_read_without_running_it(tmp_path: Path) -> None:
     source = (
         "import bentoml\nraise SystemExit('nobody may run this')\n"
-        "image = bentoml.images.Image(python_version='3.12').python_packages('six', 'idna').requirements_file('r.txt')\n"
+        "image = bentoml.images.Image(python_version='3.12').python_packages('six', 'idna')\\\n"
+        "    .requirements_file('r.txt')\n"
         "image.python_packages('packaging')\n"
     )
     wishes = project.read(make(tmp_path, service_py=source))
