@@ -203,6 +203,7 @@ def _code(
 def _models(stored: StoredBento, home: Path) -> StreamedLayer | None:
     """The Bento's models where BentoML's own images have them: models/ in the Bento, uncompressed, in one layer."""
     entries: list[tarball.Entry] = []
+    latest: dict[str, str] = {}
     for name, version in sorted(set(_model_tags(stored.info))):
         places = [root / "models" / name / version for root in (stored.dir, home)]
         place = next((each for each in places if each.is_dir()), None)
@@ -213,6 +214,10 @@ def _models(stored: StoredBento, home: Path) -> StreamedLayer | None:
                 hint=f"`bentoml models pull {name}:{version}`, or import it again",
             )
         entries += tarball.entries_of_folder(place, f"{staging.BENTO}/models/{name}/{version}")
+        latest[name] = version
+    for name, version in latest.items():
+        # the store looks `NAME:latest` up in this file, and would write it where it is missing
+        entries.append(tarball.file(f"{staging.BENTO}/models/{name}/latest", version.encode()))
     if not entries:
         return None
     entries = tarball.ordered(entries)
