@@ -48,6 +48,8 @@ def client(model: ModelFolder) -> Iterator[TestClient]:
         patch.setenv("EKIBEN_MODEL_DIR", str(model.root))
         from bentos.forecast.service import Forecast as Service
 
+        # Prometheus' registry is one per process, and takes each of BentoML's metrics once
+        patch.setitem(Service.config, "metrics", {"enabled": False})
         with TestClient(Service.to_asgi(), raise_server_exceptions=False) as client:
             yield client
 
