@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 LOCKS := $(wildcard bentos/*/requirements.in)
 
-.PHONY: help setup demo up down test test-all lint lock openapi train examples bench clean
+.PHONY: help setup demo up down test test-all lint lock openapi train examples bench bench-build bench-upload bench-serve clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -55,8 +55,17 @@ train: setup ## train the ranker and the forecast
 examples: setup ## a small real model in each kind's folder, for `bentoml serve` there
 	@for kind in $(patsubst bentos/%/example.py,%,$(wildcard bentos/*/example.py)); do $(BIN)/python -m bentos.$$kind.example bentos/$$kind/model; done
 
-bench: setup ## every figure of the README, into benchmarks/report.json
-	@$(BIN)/python -m benchmarks.run
+bench: setup ## every figure of the README, into benchmarks/report.json (ARGS=--quick to see that all work)
+	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-build: setup ## the figures of builds and images alone
+	@$(BIN)/python -m benchmarks.run build $(ARGS)
+
+bench-upload: setup ## the figures of large uploads alone
+	@$(BIN)/python -m benchmarks.run upload $(ARGS)
+
+bench-serve: setup ## the figures of version changes alone
+	@$(BIN)/python -m benchmarks.run serve $(ARGS)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

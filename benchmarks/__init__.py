@@ -1,0 +1,1 @@
+"""Every figure of the README, measured with real parts: `make bench` (benchmarks/README.md)."""
