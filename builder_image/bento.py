@@ -66,6 +66,8 @@ class Recipe:
     predict: str = "/predict"
     trusted: bool = True
     """False for a user's code: no network where that can be had, bounded memory."""
+    own_files: Path | None = None
+    """bentos/serving/own_files.py, for a service that reads files of its own at import."""
 
     @property
     def version(self) -> str:
@@ -177,6 +179,7 @@ def _inspect(recipe: Recipe, environment: Environment, work: Path, tools: Tools)
                 "memory": None if recipe.trusted else INSPECT_MEMORY,
                 "network": recipe.trusted,
                 "warm": _WARM,
+                "own_files": str(recipe.own_files) if recipe.own_files else None,
             }
         )
     )

@@ -6,7 +6,8 @@ It is the only step of a build that imports a user's code. It runs without secre
 hands over one JSON document, which the builder trusts as little as an upload. Nothing but the standard library and the
 service's own BentoML may be imported here.
 
-ORDER   {"context": dir, "service": "service:Name" | null, "memory": bytes | null, "network": bool, "warm": [module, …]}
+ORDER   {"context": dir, "service": "service:Name" | null, "memory": bytes | null, "network": bool, "warm": [module, …],
+         "own_files": file | null}
 ANSWER  {"service", "entry_service", "schema", "openapi", "services", "envs", "labels", "args", "description", "models",
          "included", "src_layout", "image", "dockerfile", "entrypoint", "bentofile", "bentoml_version"}
         or {"error": {"code", "message", "detail"}}
@@ -19,6 +20,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import sys
 import tempfile
 import traceback
@@ -57,6 +59,8 @@ def inspect(order: dict[str, Any]) -> dict[str, Any]:
 
     context = Path(order["context"]).resolve()
     os.chdir(context)
+    if order.get("own_files"):
+        runpy.run_path(order["own_files"])["allow"]()
     config = _config(BentoBuildConfig, context)
     target = order.get("service") or config.service
     if not target:

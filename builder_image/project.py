@@ -89,6 +89,7 @@ def recipe(spec: BuildSpec, found: model.Model, tools: Tools) -> bento.Recipe:
         wheels=wheels,
         service=wishes.service,
         trusted=False,
+        own_files=spec.serving / "own_files.py",
     )
 
 

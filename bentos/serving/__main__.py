@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import bentos
-from bentos.serving import golden, lifeline
+from bentos.serving import golden, lifeline, own_files
 from bentos.serving.about import About, Served
 from bentos.serving.model import ModelFolder
 from bentos.serving.problems import StartError
@@ -160,6 +160,7 @@ def _load(bento: Path) -> Any:
         carried = str(bento.resolve() / "src" / "bentos")
         if carried not in bentos.__path__:
             bentos.__path__.append(carried)
+        own_files.allow()
         service = load(str(bento.resolve()), standalone_load=True)
         if not isinstance(service, Service):
             raise TypeError("the service is of the API before BentoML 1.2")

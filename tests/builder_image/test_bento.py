@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,20 @@ def test_the_folder_is_a_true_bento(tmp_path: Path, environment: Environment, to
     home = {**os.environ, "BENTOML_HOME": str(tmp_path / "home"), "BENTOML_DO_NOT_TRACK": "True"}
     out = subprocess.check_output([sys.executable, "-c", code, str(made.dir)], text=True, env=home, cwd=tmp_path)
     assert out.strip().endswith("Twice")
+
+
+def test_a_service_reads_its_own_files_below_a_hidden_folder(
+    tmp_path: Path, environment: Environment, tools: Tools
+) -> None:
+    """BentoML refuses them there, and the state folder's usual name is ~/.ekiben."""
+    service = SERVICE.replace(
+        "@bentoml.service(",
+        'image = bentoml.images.Image().requirements_file("requirements.txt")\n\n@bentoml.service(image=image, ',
+    )
+    wanted = recipe(tmp_path / "kind", trusted=False, service_py=service, requirements_txt="bentoml==1.4.39\n")
+    own_files = Path(__file__).parents[2] / "bentos" / "serving" / "own_files.py"
+    made = ensure(replace(wanted, own_files=own_files), environment, tmp_path / ".hidden", tools)
+    assert made.predict == "/predict"
 
 
 def test_folder_umask_and_time_zone_do_not_change_a_bento(
