@@ -6,8 +6,10 @@ store under a fresh prefix. The manifest is written last. Whatever fails before 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
@@ -29,7 +31,9 @@ from registry.store import ObjectStore, Writer
 
 _BATCH = 1024 * 1024  # bytes handed to the worker thread at a time
 _CHUNK = 1024 * 1024
+_PIECE = 128 * 1024  # bytes below which parts of a form are not written one by one
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
+_LONGEST_PART_HEADERS = 16 * 1024
 _PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 FILE_FIELDS = ("file",)
 PROJECT = formats.project.KIND
@@ -84,6 +88,7 @@ class Intake:
         self._total = 0
         self._started = time.monotonic()
         self._filename: str | None = None
+        self._kept = False
 
     # --- what arrives -----------------------------------------------------------------------------------------------
 
@@ -217,8 +222,14 @@ class Intake:
         seconds = time.monotonic() - self._started
         return Upload(self.location, name, manifest, recognised.signature, labels, deploy, force, seconds)
 
+    def keep(self) -> None:
+        """The version's row is written: from now on nothing may take its objects away."""
+        self._kept = True
+
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind, unless it is a version already."""
+        if self._kept:
+            return
         if self._writer is not None:
             self._writer.abort()
         self._store.delete(self.location)
@@ -290,7 +301,8 @@ class Intake:
     def _attach(self, filename: str, value: Any) -> Attachment | None:
         if value is None:
             return None
-        data = digest.canonical_json(value)
+        # The order of a row's fields stays as the user gave it: code of their own may depend on it.
+        data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
         self._put(filename, data)
         return Attachment(len(data), hashlib.sha256(data).hexdigest())
 
@@ -361,10 +373,13 @@ class Intake:
         if text is None:
             return None
         try:
-            return json.loads(text, parse_constant=_refuse_constant)
+            value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+            digest.canonical_json(value)  # no lone surrogates, and not too deep to be written again
+            return value
         except (ValueError, RecursionError) as error:
+            why = "it has half of a character" if isinstance(error, UnicodeEncodeError) else str(error)
             raise UserError(
-                "not_json", f"The field {name!r} is not valid JSON: {error}.", field=name,
+                "not_json", f"The field {name!r} is not valid JSON: {why}.", field=name,
                 hint="NaN and infinity are no JSON: write null for a missing value.",
             ) from None  # fmt: skip
 
@@ -381,6 +396,13 @@ class Intake:
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is larger than any number")
+    return value
 
 
 def _too_large(limit: int) -> UserError:
@@ -403,6 +425,8 @@ class _Form:
         self._disposition: bytes = b""
         self._text: str | None = None
         self._ended = False
+        self._headers_length = 0
+        self._pieces = bytearray()
         self._parser = python_multipart.MultipartParser(
             boundary,
             {
@@ -434,11 +458,19 @@ class _Form:
 
     def _part_begin(self) -> None:
         self._disposition = b""
+        self._headers_length = 0
+
+    def _bound_headers(self, more: int) -> None:
+        self._headers_length += more
+        if self._headers_length > _LONGEST_PART_HEADERS:
+            raise UserError("bad_form", "The headers of a part of the form are too long.", field="file", status=400)
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._bound_headers(end - start)
         self._header += data[start:end]
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._bound_headers(end - start)
         self._value += data[start:end]
 
     def _header_end(self) -> None:
@@ -459,13 +491,23 @@ class _Form:
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         view = memoryview(data)[start:end]
-        if self._text is None:
-            self._intake.write(view)
-        else:
+        if self._text is not None:
             self._intake.write_text(self._text, view)
+        elif len(view) >= _PIECE and not self._pieces:
+            self._intake.write(view)
+        else:  # the parser cuts at whatever could be a boundary: small pieces are joined before they are written
+            self._pieces += view
+            if len(self._pieces) >= _PIECE:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._pieces:
+            self._intake.write(bytes(self._pieces))
+            self._pieces.clear()
 
     def _part_end(self) -> None:
         if self._text is None:
+            self._flush()
             self._intake.end_file()
 
     def _end(self) -> None:
@@ -486,6 +528,24 @@ class _Raw:
         self._intake.end_file()
 
 
+async def _bounded(stream: AsyncIterator[bytes], idle_seconds: float) -> AsyncIterator[bytes]:
+    """The same chunks, as long as each comes within the time."""
+    while True:
+        try:
+            async with asyncio.timeout(idle_seconds):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UserError(
+                "upload_stalled",
+                f"The upload stood still for {idle_seconds:g} s.",
+                hint="Send it again; on a slow line raise EKIBEN_UPLOAD_IDLE_SECONDS.",
+                status=408,
+            ) from None
+        yield chunk
+
+
 async def receive(
     intake: Intake,
     stream: AsyncIterator[bytes],
@@ -493,9 +553,11 @@ async def receive(
     query: dict[str, str],
     length: int | None,
     limit: int,
+    idle_seconds: float,
 ) -> None:
     """Read a request's body into the intake. Raises UserError for what cannot be an upload."""
-    if length is not None and length > limit + 16 * _BATCH:
+    most = limit + 16 * _BATCH  # with room for the fields and what the form puts around the files
+    if length is not None and length > most:
         raise _too_large(limit)
     media, options = python_multipart.multipart.parse_options_header(content_type)
     sink: _Form | _Raw
@@ -526,7 +588,11 @@ async def receive(
             )
         sink = await run_in_threadpool(_Raw, intake, filename)
     batch = bytearray()
-    async for chunk in stream:
+    seen = 0
+    async for chunk in _bounded(stream, idle_seconds):
+        seen += len(chunk)
+        if seen > most:  # whatever follows the last boundary counts too
+            raise _too_large(limit)
         batch += chunk
         if len(batch) >= _BATCH:
             await run_in_threadpool(sink.write, bytes(batch))
