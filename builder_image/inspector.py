@@ -48,8 +48,8 @@ def main(order_file: str, answer_file: str) -> None:
 
 def inspect(order: dict[str, Any]) -> dict[str, Any]:
     import attrs
-    from _bentoml_impl.docker import generate_dockerfile  # type: ignore[import-untyped]
-    from _bentoml_sdk.images import populate_image_from_build_config  # type: ignore[import-untyped]
+    from _bentoml_impl.docker import generate_dockerfile
+    from _bentoml_sdk.images import populate_image_from_build_config
     from bentoml._internal.bento.bento import BENTO_YAML_FILENAME, BentoServiceInfo, ImageInfo
     from bentoml._internal.bento.build_config import BentoBuildConfig, BentoPathSpec
     from bentoml._internal.configuration import BENTOML_VERSION

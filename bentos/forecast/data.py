@@ -165,7 +165,7 @@ def is_holiday(date: dt.date) -> bool:
 def real(name: str) -> Series:
     """A public series that ships with statsmodels: `elnino` (monthly) or `co2` (weekly; gaps stay missing)."""
     if name == "elnino":
-        from statsmodels.datasets import elnino  # type: ignore[import-untyped]
+        from statsmodels.datasets import elnino
 
         frame = elnino.load_pandas().data
         values = frame.drop(columns="YEAR").to_numpy(dtype=np.float64).ravel()

@@ -37,7 +37,7 @@ class StandaloneImage(Image):
 
 def image(service_file: str) -> StandaloneImage:
     """The image for the kind whose service.py this is. Files are read when the Bento is built, not before."""
-    return StandaloneImage(
+    return StandaloneImage(  # type: ignore[call-arg]
         kind_folder=str(Path(service_file).resolve().parent),
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         lock_python_packages=False,
