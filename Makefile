@@ -34,7 +34,7 @@ down: setup ## stop it
 	@$(BIN)/ekiben down
 
 test: setup ## every test that needs no root and no server from outside
-	@$(BIN)/python -m pytest -m "not needs_root" $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: setup ## ruff, mypy, import-linter, and that generated files are current
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
