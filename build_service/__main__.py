@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 import uvicorn
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from build_service.app import VERSION, create_app
 from build_service.settings import Settings
@@ -47,6 +48,9 @@ def main() -> int:
             print(f"ekiben-server: {'EKIBEN_' + name + ': ' if name else ''}{problem['msg']}", file=sys.stderr)
         print("hint: ekiben-server --settings lists what there is", file=sys.stderr)
         return 2
+    except SettingsError as error:
+        print(f"ekiben-server: {error}\nhint: ekiben-server --settings lists what there is", file=sys.stderr)
+        return 2
     if arguments.openapi:
         return _print_openapi(settings)
     return _serve(settings)
@@ -77,8 +81,8 @@ def _serve(settings: Settings) -> int:
         h11_max_incomplete_event_size=64 * 1024,
     )
     server = uvicorn.Server(config)
-    with suppress(KeyboardInterrupt):
-        asyncio.run(server.serve(sockets=[listening]))
+    with suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(server.serve(sockets=[listening]))
     return 0 if server.started else 1
 
 

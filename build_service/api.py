@@ -6,13 +6,13 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import closing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request, Response
 from sqlalchemy import Connection, insert, select, update
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, StreamingResponse
 from ulid import ULID
 
@@ -29,6 +29,7 @@ from registry.signature import Signature
 from registry.store import ObjectStore
 
 _WAIT_POLL = 0.05  # seconds between two looks while a request waits
+_LOG_POLL = 0.2
 _LONGEST_WAIT = 3600.0
 
 
@@ -70,13 +71,20 @@ class Service:
         platform: Platform,
         reconciler: Reconciler,
         links: Callable[[], views.Links],
+        forget: Callable[[], None],
     ) -> None:
         self.settings, self.database, self.store, self.kinds = settings, database, store, kinds
         self.platform, self.reconciler, self._links = platform, reconciler, links
+        self._forget = forget
 
     @property
     def links(self) -> views.Links:
         return self._links()
+
+    def changed(self) -> None:
+        """Something was written: what is remembered of it is forgotten, and the loop looks at once."""
+        self._forget()
+        self.reconciler.wake()
 
     def new_intake(self) -> intake.Intake:
         settings = self.settings
@@ -94,8 +102,9 @@ class Service:
             version = versions.by_id(connection, state.revision(connection, name, deployed.live).version_id)
         return Signature.from_json(version.signature) if version.signature else None
 
-    def register(self, upload: intake.Upload) -> tuple[shapes.VersionView, bool]:
-        """The version's row, its build and, if asked for, the deployment's new target: one transaction."""
+    def register(self, upload: intake.Upload, keep: Callable[[], None]) -> tuple[shapes.VersionView, bool]:
+        """The version's row, its build and, if asked for, the deployment's new target: one transaction. `keep` is
+        called once it is done; a request that is cancelled later must not take the objects away."""
         manifest = upload.manifest
         with self.database.write() as connection:
             row, new = versions.create(
@@ -121,10 +130,11 @@ class Service:
             if upload.deploy:
                 self._target(connection, row.name, row, build)
             view = views.version(connection, row, self.links)
+        keep()
         if not new:
             self.store.delete(upload.location)
         metrics.UPLOADS.labels("created" if new else "existing").inc()
-        self.reconciler.wake()
+        self.changed()
         return view, new
 
     def submit_build(self, connection: Connection, row: versions.Version, image: dict[str, Any] | None) -> state.Build:
@@ -210,9 +220,10 @@ def router(service: Service) -> APIRouter:
                 dict(request.query_params),
                 int(declared) if declared.isdigit() else None,
                 service.settings.max_upload,
+                service.settings.upload_idle_seconds,
             )
             complete = await run_in_threadpool(taken.finish, service.live_signature, service.settings.allow_code)
-            view, new = await run_in_threadpool(service.register, complete)
+            view, new = await run_in_threadpool(service.register, complete, taken.keep)
         except BaseException as error:
             # A cancelled request or a client that went away too: nothing of it stays.
             await asyncio.shield(run_in_threadpool(taken.discard))
@@ -220,7 +231,7 @@ def router(service: Service) -> APIRouter:
             raise
         response.status_code = 201 if new else 200
         if wait:
-            view = await _settled(service, view, wait, deployed=complete.deploy)
+            view = await _settled(service, request, view, wait, deployed=complete.deploy)
         return view
 
     @api.get("/models", tags=["models"])
@@ -271,8 +282,8 @@ def router(service: Service) -> APIRouter:
         with database.write() as connection:
             row = versions.find(connection, name, _positive(number))
             _refuse_if_used(connection, row)
-            versions.mark_deleted(connection, row.id)
-            state.enqueue(connection, "delete", {"version_id": row.id})
+            _delete(connection, row)
+        service.changed()
         service.store.delete(row.location)
 
     @api.delete("/models/{name}", status_code=204, tags=["models"])
@@ -284,8 +295,8 @@ def router(service: Service) -> APIRouter:
             for row in rows:
                 _refuse_if_used(connection, row)
             for row in rows:
-                versions.mark_deleted(connection, row.id)
-                state.enqueue(connection, "delete", {"version_id": row.id})
+                _delete(connection, row)
+        service.changed()
         for row in rows:
             service.store.delete(row.location)
 
@@ -299,7 +310,7 @@ def router(service: Service) -> APIRouter:
             row = versions.find(connection, name, _positive(number))
             made = service.submit_build(connection, row, image)
             view = views.build(connection, made, service.links)
-        service.reconciler.wake()
+        service.changed()
         return view
 
     # --- builds -----------------------------------------------------------------------------------------------------
@@ -321,15 +332,18 @@ def router(service: Service) -> APIRouter:
 
     @api.get("/builds/{build_id}/logs", tags=["builds"], response_class=StreamingResponse)
     def build_logs(build_id: str, follow: bool = False) -> Response:
-        with database.read() as connection:
-            state.build(connection, build_id)
-        return _lines(service.platform.build_log(build_id, follow=follow))
+        def waits() -> bool:
+            with database.read() as connection:
+                return state.build(connection, build_id).state == "queued"
+
+        queued = waits()
+        return _lines(lambda: service.platform.build_log(build_id, follow=follow), waits if follow and queued else None)
 
     @api.post("/builds/{build_id}/cancel", tags=["builds"])
     def cancel_build(build_id: str) -> shapes.BuildView:
         with database.write() as connection:
             view = views.build(connection, state.cancel_build(connection, build_id), service.links)
-        service.reconciler.wake()
+        service.changed()
         return view
 
     # --- deployments ------------------------------------------------------------------------------------------------
@@ -359,7 +373,7 @@ def router(service: Service) -> APIRouter:
             if wanted.default:
                 state.make_default(connection, name)
             view = service.deployment_view(connection, state.need_deployment(connection, name))
-        service.reconciler.wake()
+        service.changed()
         return view
 
     @api.get("/deployments/{name}", tags=["deployments"])
@@ -385,7 +399,7 @@ def router(service: Service) -> APIRouter:
     def deployment_logs(name: str, follow: bool = False) -> Response:
         with database.read() as connection:
             state.need_deployment(connection, name)
-        return _lines(service.platform.serving_log(name, follow=follow))
+        return _lines(lambda: service.platform.serving_log(name, follow=follow))
 
     @api.post("/deployments/{name}/rollback", tags=["deployments"])
     def rollback(name: str, wanted: Annotated[shapes.RollbackRequest | None, Body()] = None) -> shapes.DeploymentView:
@@ -405,14 +419,14 @@ def router(service: Service) -> APIRouter:
                 f"Revision {made.number} returns to {version.title} of revision {old.number}.",
             )  # fmt: skip
             view = service.deployment_view(connection, state.need_deployment(connection, name))
-        service.reconciler.wake()
+        service.changed()
         return view
 
     @api.delete("/deployments/{name}", status_code=204, tags=["deployments"])
     def delete_deployment(name: str) -> None:
         with database.write() as connection:
             state.delete_deployment(connection, name)
-        service.reconciler.wake()
+        service.changed()
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
@@ -437,6 +451,7 @@ def router(service: Service) -> APIRouter:
         values = {"id": str(ULID()), "name": wanted.name, "sha256": hashlib.sha256(token.encode()).hexdigest()}
         with database.write() as connection:
             row = connection.execute(insert(state.tokens).values(**values).returning(state.tokens)).one()
+        service.changed()
         return shapes.TokenView(
             id=row.id, name=row.name, created=views.stamp(row.created) or "", revoked=False, token=token
         )
@@ -459,24 +474,47 @@ def router(service: Service) -> APIRouter:
             done = connection.execute(update(state.tokens).where(state.tokens.c.id == token_id).values(revoked=now()))
             if done.rowcount == 0:
                 raise UserError("token_not_found", f"There is no token {token_id[:40]!r}.", field="id", status=404)
+        service.changed()
 
     return api
 
 
-async def _settled(service: Service, view: shapes.VersionView, wait: float, *, deployed: bool) -> shapes.VersionView:
+async def _settled(
+    service: Service, request: Request, view: shapes.VersionView, wait: float, *, deployed: bool
+) -> shapes.VersionView:
     """The version once nothing more happens to it, or as it is when the time is up."""
     final = views.FINAL if deployed else views.FINAL | {"built"}
     until = time.monotonic() + wait
-    while view.state not in final and time.monotonic() < until:
+    while view.state not in final and time.monotonic() < until and not await request.is_disconnected():
         await asyncio.sleep(_WAIT_POLL)
         view = await run_in_threadpool(service.version_view, view.model, view.version)
     return view
+
+
+def _some(source: Iterator[str]) -> tuple[bytes, bool]:
+    """The lines that are there, up to a bound, and whether more may come."""
+    found: list[str] = []
+    size = 0
+    for line in source:
+        if not line:
+            return "".join(found).encode(), True
+        found.append(line + "\n")
+        size += len(line)
+        if size > 1 << 16:
+            return "".join(found).encode(), True
+    return "".join(found).encode(), False
 
 
 def _positive(number: int) -> int:
     if not 1 <= number <= 2**31 - 1:
         raise UserError("bad_version", f"{number} is no version: versions count from 1.", field="version")
     return number
+
+
+def _delete(connection: Connection, row: versions.Version) -> None:
+    versions.mark_deleted(connection, row.id)
+    state.leave_builds(connection, row.id)
+    state.enqueue(connection, "delete", {"version_id": row.id})
 
 
 def _refuse_if_used(connection: Connection, row: versions.Version) -> None:
@@ -502,7 +540,9 @@ def _rollback_target(connection: Connection, row: state.Deployment, number: int 
                 hint=f"GET /deployments/{row.name}/revisions tells which were.", status=409,
             )  # fmt: skip
         return wanted
-    current = state.revision(connection, row.name, row.live or row.desired)
+    if row.live is not None and row.desired != row.live:
+        return state.revision(connection, row.name, row.live)  # stop what is on its way: what is live stays
+    current = state.revision(connection, row.name, row.desired)
     before = state.previous_good(connection, row.name, current.number, current.version_id)
     if before is None:
         raise UserError(
@@ -512,12 +552,26 @@ def _rollback_target(connection: Connection, row: state.Deployment, number: int 
     return before
 
 
-def _lines(source: Iterator[str]) -> StreamingResponse:
-    async def chunks() -> Any:
-        async for line in iterate_in_threadpool(source):
-            # An empty line of no content is a heartbeat: nothing is sent, but a client that left is noticed.
-            if line:
-                yield (line + "\n").encode()
+def _lines(open_log: Callable[[], Iterator[str]], waits: Callable[[], bool] | None = None) -> StreamingResponse:
+    """A log as it grows. Threads are shared with all other requests, so none is held while there is nothing to read:
+    the waiting is done here. `waits` tells whether the log's beginning is still to come."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        while waits is not None and await run_in_threadpool(waits):
+            await asyncio.sleep(_LOG_POLL)
+        source = await run_in_threadpool(open_log)
+        try:
+            while True:
+                text, more = await run_in_threadpool(_some, source)
+                if text:
+                    yield text
+                if not more:
+                    return
+                if not text:
+                    await asyncio.sleep(_LOG_POLL)
+        finally:
+            if isinstance(source, Generator):
+                source.close()
 
     return StreamingResponse(
         chunks(), media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"}

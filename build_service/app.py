@@ -20,10 +20,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import select
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from build_service import api, guard, problems, state, views
+from build_service import api, guard, problems, processes, state, views
 from build_service.local import LocalPlatform
 from build_service.projection import Projection
 from build_service.reconciler import Reconciler
+from build_service.remembered import Remembered
 from build_service.router import PREFIX, Router
 from build_service.routes import RouteTable
 from build_service.settings import Settings
@@ -62,6 +63,7 @@ def create_app(settings: Settings, *, port: int) -> Application:
     kinds = Kinds.load(settings.kinds)
     links = views.Links(settings.public_url or f"http://localhost:{port}")
     owner = uuid.uuid4().hex
+    processes.sweep(root / "processes")
     _recover(settings, database, store, owner)
 
     routes = RouteTable()
@@ -70,14 +72,23 @@ def create_app(settings: Settings, *, port: int) -> Application:
     reconciler = Reconciler(settings, database, platform, owner)
     waker.append(reconciler.wake)
     projection = Projection(database, root, root / "objects", settings.tracking_uri) if settings.mlflow else None
+    default = Remembered(lambda: _default(database))
+    tokens = _valid_tokens(settings, database)
     inference = Router(
         routes,
-        lookup=lambda name: _lookup(database, name),
+        default=default,
+        exists=lambda name: _exists(database, name),
         pending=lambda name: _pending(database, name),
         body_limit=settings.inference_body,
         seconds=settings.inference_seconds,
     )
-    service = api.Service(settings, database, store, kinds, platform, reconciler, lambda: links)
+
+    def forget() -> None:
+        default.forget()
+        if tokens is not None:
+            tokens.forget()
+
+    service = api.Service(settings, database, store, kinds, platform, reconciler, lambda: links, forget)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -125,7 +136,7 @@ def create_app(settings: Settings, *, port: int) -> Application:
     policy = guard.Policy(
         hosts=frozenset(host.lower() for host in hosts),
         cors=frozenset(settings.cors_origins),
-        tokens=_valid_tokens(settings, database),
+        tokens=tokens,
     )
     return Application(guard.Guard(dispatch, policy), app)
 
@@ -197,10 +208,15 @@ def _recover(settings: Settings, database: Database, store: DirectoryStore, owne
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _lookup(database: Database, name: str | None) -> str | None:
+def _default(database: Database) -> str | None:
     with database.read() as connection:
-        found = state.default_deployment(connection) if name is None else state.deployment(connection, name)
+        found = state.default_deployment(connection)
     return None if found is None else found.name
+
+
+def _exists(database: Database, name: str) -> bool:
+    with database.read() as connection:
+        return state.deployment(connection, name) is not None
 
 
 def _pending(database: Database, name: str) -> EkibenError:
@@ -226,7 +242,7 @@ def _pending(database: Database, name: str) -> EkibenError:
     )
 
 
-def _valid_tokens(settings: Settings, database: Database) -> Callable[[], frozenset[str]] | None:
+def _valid_tokens(settings: Settings, database: Database) -> Remembered[frozenset[str]] | None:
     if settings.token is None:
         return None
     first = hashlib.sha256(settings.token.encode()).hexdigest()
@@ -236,4 +252,4 @@ def _valid_tokens(settings: Settings, database: Database) -> Callable[[], frozen
             rows = connection.execute(select(state.tokens.c.sha256).where(state.tokens.c.revoked.is_(None)))
             return frozenset((first, *rows.scalars()))
 
-    return valid
+    return Remembered(valid)

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from build_service.problems import problem_response
+from build_service.remembered import Remembered
 from registry.errors import EkibenError, UserError
 
 ASGI = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
@@ -39,7 +40,7 @@ class Policy:
 
     hosts: frozenset[str]
     cors: frozenset[str]
-    tokens: Callable[[], frozenset[str]] | None  # SHA-256 of valid tokens; None: no token is needed
+    tokens: Remembered[frozenset[str]] | None  # SHA-256 of valid tokens; None: no token is needed
 
 
 class Guard:
@@ -58,7 +59,7 @@ class Guard:
         request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        inference = scope["path"].startswith("/inference")
+        inference = scope["path"] == "/inference" or scope["path"].startswith("/inference/")
         origin = headers.get(b"origin", b"").decode("latin-1")
         cors = self._cors_headers(origin) if inference else []
         status, started = 0, time.perf_counter()
@@ -74,7 +75,7 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope, headers, origin, inference)
+            await self._check(scope, headers, origin, inference)
         except EkibenError as error:
             await problem_response(error)(scope, receive, answer)
         else:
@@ -92,7 +93,7 @@ class Guard:
                 seconds=round(time.perf_counter() - started, 4),
             )
 
-    def _check(
+    async def _check(
         self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes], origin: str, inference: bool
     ) -> None:
         if sum(len(key) + len(value) for key, value in scope["headers"]) > _LONGEST_HEADERS:
@@ -116,10 +117,12 @@ class Guard:
                 hint="Inference from web pages: name the origin in EKIBEN_CORS_ORIGINS.",
                 status=403,
             )
-        if self._policy.tokens is not None and scope["path"] not in _OPEN_PATHS:
+        # A browser asks beforehand, and without a token, whether a page may call at all.
+        preflight = allowed and scope["method"] == "OPTIONS"
+        if self._policy.tokens is not None and scope["path"] not in _OPEN_PATHS and not preflight:
             scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             digest = hashlib.sha256(token.strip().encode()).hexdigest()
-            known = [hmac.compare_digest(digest, valid) for valid in self._policy.tokens()]
+            known = [hmac.compare_digest(digest, valid) for valid in await self._policy.tokens.get()]
             if scheme.lower() != "bearer" or not any(known):
                 raise UserError(
                     "unauthorized",
@@ -139,6 +142,7 @@ class Guard:
             (b"access-control-allow-origin", origin.encode("latin-1")),
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
             (b"access-control-allow-headers", b"content-type, authorization"),
+            (b"access-control-expose-headers", b"ekiben-model, ekiben-version, x-request-id"),
             (b"vary", b"Origin"),
         ]
 

@@ -37,6 +37,7 @@ log = structlog.get_logger(__name__)
 _TICK_BUSY, _TICK_IDLE = 0.05, 0.5  # seconds between two looks at the processes
 _MEMORY_EVERY = 0.5  # seconds between two measurements of the memory of processes
 _RESTART_FIRST, _RESTART_LONGEST = 0.5, 30.0  # seconds before a process that died is started again
+_HEALTHY_SECONDS = 60.0  # a process that was ready for this long has nothing to do with the crashes before it
 _TERM_SECONDS = 10.0  # time between SIGTERM and SIGKILL
 _KEPT_LOGS = 20  # files of a deployment
 
@@ -65,6 +66,7 @@ class _Replica:
     log: Path
     started: float
     ready: bool = False
+    ready_since: float = 0.0
     draining_since: float | None = None
     terminated: float | None = None
     measured: float = 0.0
@@ -82,6 +84,8 @@ class _Served:
     failures: dict[int, Failure] = field(default_factory=dict)
     restart_at: float = 0.0
     restart_wait: float = _RESTART_FIRST
+    crashes: int = 0
+    crash: Failure | None = None
 
 
 class LocalPlatform:
@@ -134,15 +138,15 @@ class LocalPlatform:
             if running is None:
                 return BuildStatus("missing")
             code = running.child.poll()
-            stages = _progress(running.folder / "progress.jsonl")
-            stage = stages[-1]["stage"] if stages else None
-            if code is None:
-                return BuildStatus("running", stage, stages)
-            result = _json(running.folder / "result.json")
-            shutil.rmtree(running.folder / "work", ignore_errors=True)
-            if code == 0 and result is not None and "error" not in result:
-                return BuildStatus("succeeded", stage, result.get("stages", stages), result)
-            return BuildStatus("failed", stage, stages, None, running.killed or _build_failure(code, result, stage))
+        stages = _progress(running.folder / "progress.jsonl")
+        stage = stages[-1]["stage"] if stages else None
+        if code is None:
+            return BuildStatus("running", stage, stages)
+        result = _json(running.folder / "result.json")
+        shutil.rmtree(running.folder / "work", ignore_errors=True)
+        if code == 0 and result is not None and "error" not in result:
+            return BuildStatus("succeeded", stage, result.get("stages", stages), result)
+        return BuildStatus("failed", stage, stages, None, running.killed or _build_failure(code, result, stage))
 
     def cancel(self, order_id: str, attempt: int) -> None:
         with self._lock:
@@ -151,12 +155,14 @@ class LocalPlatform:
             running.child.kill()
             shutil.rmtree(running.folder / "work", ignore_errors=True)
 
+    def holds(self, result: dict[str, Any]) -> bool:
+        python = Path(result["environment"]["dir"], "bin", "python")
+        return python.exists() and Path(result["bento"]["dir"], "bento.yaml").exists()
+
     def build_log(self, order_id: str, *, follow: bool) -> Iterator[str]:
         def finished() -> bool:
             with self._lock:
-                return not any(
-                    key[0] == order_id and build.child.process.poll() is None for key, build in self._builds.items()
-                )
+                return not any(key[0] == order_id and build.child.running for key, build in self._builds.items())
 
         return lines(self._root / "builds" / order_id / "log.txt", follow=follow, finished=finished)
 
@@ -190,6 +196,9 @@ class LocalPlatform:
             served.wanted = order
             if served.live is not None and served.live.revision == order.revision:
                 served.live = order
+            for replica in served.replicas:  # bounds that were changed hold for what runs already
+                if replica.order.revision == order.revision:
+                    replica.order = order
         self._wake_watch.set()
 
     def observe(self, deployment: str) -> Observed:
@@ -201,7 +210,13 @@ class LocalPlatform:
             ready = sum(1 for replica in served.replicas if replica.ready and replica.order.revision == live)
             failure = served.failures.get(served.wanted.revision)
             return Observed(
-                live, ready, served.checked, served.wanted.revision if failure is not None else None, failure
+                live,
+                ready,
+                served.checked,
+                served.wanted.revision if failure is not None else None,
+                failure,
+                served.crashes,
+                served.crash,
             )
 
     def delete(self, deployment: str) -> None:
@@ -259,7 +274,7 @@ class LocalPlatform:
                     for served in list(self._served.values()):
                         self._step(served)
                     busy = self._end_drained() or busy
-                    busy = busy or any(build.child.process.poll() is None for build in self._builds.values())
+                    busy = busy or any(build.child.running for build in self._builds.values())
             except Exception:
                 log.exception("the local platform's watch stumbled")
             self._wake_watch.wait(_TICK_BUSY if busy else _TICK_IDLE)
@@ -283,7 +298,7 @@ class LocalPlatform:
         if ready:
             checked = _metadata(replica.upstream).get("checked")
             with self._lock:
-                replica.ready = True
+                replica.ready, replica.ready_since = True, time.monotonic()
                 served = self._served.get(replica.order.deployment)
                 if served is not None and replica.order.revision == served.wanted.revision:
                     served.checked = checked
@@ -310,12 +325,16 @@ class LocalPlatform:
                     mine.append(self._launch(served, wanted))
             except OSError as error:
                 log.exception("a serving process could not be started", deployment=wanted.deployment)
-                served.failures[wanted.revision] = Failure(
+                failure = Failure(
                     "start_failed",
                     f"The process of the model could not be started: {error}.",
-                    hint="If its environment was deleted, build the version again.",
+                    hint="Look at the room on the disk of the state folder.",
                     user=False,
                 )
+                if wanted.proven:
+                    self._crashed(served, failure)
+                else:
+                    served.failures[wanted.revision] = failure
                 self._wake()
         ready = [replica for replica in mine if replica.ready]
         if len(ready) > wanted.replicas:
@@ -416,12 +435,19 @@ class LocalPlatform:
                 code=failure.code,
                 reason=failure.message,
             )
-            if replica.order.revision == live or replica.ready:
-                served.restart_at = time.monotonic() + served.restart_wait
-                served.restart_wait = min(served.restart_wait * 2, _RESTART_LONGEST)
+            if replica.order.proven or replica.order.revision == live or replica.ready:
+                if replica.ready and time.monotonic() - replica.ready_since > _HEALTHY_SECONDS:
+                    served.restart_wait = _RESTART_FIRST
+                self._crashed(served, failure)
             else:
                 served.failures[replica.order.revision] = failure
             self._wake()
+
+    @staticmethod
+    def _crashed(served: _Served, failure: Failure) -> None:
+        served.crashes, served.crash = served.crashes + 1, failure
+        served.restart_at = time.monotonic() + served.restart_wait
+        served.restart_wait = min(served.restart_wait * 2, _RESTART_LONGEST)
 
     def _bound_memory(self, replica: _Replica) -> None:
         limit = replica.order.resources.get("memory")
@@ -439,7 +465,7 @@ class LocalPlatform:
 
     def _bound_builds(self) -> None:
         for build in self._builds.values():
-            if build.child.process.poll() is not None or build.killed is not None:
+            if not build.child.running or build.killed is not None:
                 continue
             age = time.monotonic() - build.started
             if age > self._settings.build_seconds:

@@ -57,6 +57,7 @@ class RevisionOrder:
     replicas: int
     resources: dict[str, str]
     strategy: str
+    proven: bool = False  # it has been live: when its process ends it is started again, and never given up
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Observed:
     """What a deployment runs now.
 
     `revision` has the traffic and `ready` processes; `checked` is its golden sample's outcome. `failure` says why the
-    revision `failed` cannot take the traffic.
+    revision `failed` cannot take the traffic. `crashes` counts the ends of processes that nobody asked for, of which
+    `crash` is the last.
     """
 
     revision: int | None = None
@@ -72,6 +74,8 @@ class Observed:
     checked: dict[str, Any] | None = None
     failed: int | None = None
     failure: Failure | None = None
+    crashes: int = 0
+    crash: Failure | None = None
 
 
 class Platform(Protocol):
@@ -79,7 +83,13 @@ class Platform(Protocol):
 
     def build_status(self, order_id: str, attempt: int) -> BuildStatus: ...
 
-    def cancel(self, order_id: str, attempt: int) -> None: ...
+    def cancel(self, order_id: str, attempt: int) -> None:
+        """End an attempt and forget it, if it has ended by itself too."""
+        ...
+
+    def holds(self, result: dict[str, Any]) -> bool:
+        """Whether what a build left behind is still there."""
+        ...
 
     def apply(self, order: RevisionOrder) -> None:
         """Roll the deployment to this revision. Traffic moves once all its processes passed their golden sample."""

@@ -8,7 +8,9 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from registry.errors import EkibenError
@@ -31,6 +33,24 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(EkibenError)
     async def ekiben_error(request: Request, error: EkibenError) -> Response:
         return problem_response(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        # Nobody reads this; it says that nothing is wrong with the service.
+        return problem_response(EkibenError("upload_cut", "The client went away.", hint="Send it again.", status=400))
+
+    @app.exception_handler(OperationalError)
+    async def database_error(request: Request, error: OperationalError) -> Response:
+        full = "disk is full" in str(error.orig)
+        log.error("the database failed", path=request.url.path, error=str(error.orig))
+        return problem_response(
+            EkibenError(
+                "disk_full" if full else "database_unavailable",
+                "The disk of the database is full." if full else "The database does not answer at the moment.",
+                hint="Free some space, then try again." if full else "Try again; the service's log has the details.",
+                status=507 if full else 503,
+            )
+        )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

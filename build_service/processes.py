@@ -52,26 +52,38 @@ class Child:
             os.close(reading)
         self.pid = self.process.pid
         self._record = records / f"{self.pid}.json"
-        with contextlib.suppress(psutil.Error):
-            started = psutil.Process(self.pid).create_time()
-            self._record.write_text(json.dumps({"pid": self.pid, "started": started}))
+        try:
+            record(records, self.pid)
+        except BaseException:  # a full disk: nobody would know of the child
+            self.kill()
+            raise
+
+    @property
+    def running(self) -> bool:
+        return self.poll() is None
 
     def poll(self) -> int | None:
-        code = self.process.poll()
-        if code is not None:
-            self._cleanup()
-        return code
+        """The exit code once the child has ended; what it had started and left behind is ended then too."""
+        if self.process.returncode is None:
+            if _has_ended(self.pid):
+                # Not yet waited for, so its number still names its own group and nobody else's.
+                kill_group(self.pid)
+            if self.process.poll() is None:
+                return None
+        self._cleanup()
+        return self.process.returncode
 
     def terminate(self) -> None:
         """Ask the child to finish its requests and end."""
-        if self.process.poll() is None:
+        if self.running:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End the child and everything it started."""
-        kill_group(self.pid)
-        self.process.wait()
+        if self.process.returncode is None:
+            kill_group(self.pid)
+            self.process.wait()
         self._cleanup()
 
     def memory(self) -> int:
@@ -94,6 +106,14 @@ class Child:
             self._lifeline = -1
 
 
+def record(records: Path, pid: int) -> Path:
+    """Write down that a child leads a group of its own, for a next service that has to end it."""
+    path = records / f"{pid}.json"
+    with contextlib.suppress(psutil.Error):
+        path.write_text(json.dumps({"pid": pid, "started": psutil.Process(pid).create_time()}))
+    return path
+
+
 def sweep(records: Path) -> int:
     """End the processes that an earlier service recorded and could not end; how many there were."""
     records.mkdir(parents=True, exist_ok=True)
@@ -107,6 +127,16 @@ def sweep(records: Path) -> int:
                 ended += 1
         record.unlink(missing_ok=True)
     return ended
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended, without waiting for it; False where the system cannot tell."""
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+        return False
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
 
 
 def kill_group(pid: int) -> None:

@@ -29,6 +29,7 @@ class Projection:
     def __init__(self, database: Database, root: Path, objects: Path, uri: str) -> None:
         self._database, self._root, self._objects, self._uri = database, root, objects, uri
         self._stop = threading.Event()
+        self._child: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-projection", daemon=True)
 
     def start(self) -> None:
@@ -36,6 +37,11 @@ class Projection:
 
     def close(self) -> None:
         self._stop.set()
+        child = self._child
+        if (
+            child is not None and child.returncode is None
+        ):  # whatever it did not answer for is done again by the next service
+            processes.kill_group(child.pid)
         self._thread.join()
 
     def _run(self) -> None:
@@ -109,10 +115,16 @@ class Projection:
                 stderr=errors,
                 start_new_session=True,
             )
+            record = processes.record(self._root / "processes", process.pid)
+            self._child = process
             body = "".join(json.dumps(action) + "\n" for action in actions)
             try:
                 out, _ = process.communicate(body.encode(), timeout=_TIMEOUT)
             except subprocess.TimeoutExpired:
                 processes.kill_group(process.pid)
                 out, _ = process.communicate()
-        return [json.loads(line) for line in out.splitlines() if line.startswith(b"{")]
+            finally:
+                self._child = None
+                record.unlink(missing_ok=True)
+        # The last line of a command that was ended may be half of one.
+        return [json.loads(line) for line in out.splitlines() if line.startswith(b"{") and line.endswith(b"}")]

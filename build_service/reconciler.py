@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy import Connection
 
 from build_service import metrics, state
-from build_service.platform import BuildOrder, Failure, Observed, Platform, RevisionOrder
+from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, Platform, RevisionOrder
 from build_service.settings import Settings
 from registry import versions
 from registry.database import Database, now
@@ -32,6 +32,7 @@ class Reconciler:
     def __init__(self, settings: Settings, database: Database, platform: Platform, owner: str) -> None:
         self._settings, self._database, self._platform, self._owner = settings, database, platform, owner
         self._held: dict[str, state.Build] = {}  # builds under our lease
+        self._crashes: dict[str, int] = {}  # of deployments, as far as they are told
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
@@ -81,10 +82,14 @@ class Reconciler:
                 build = state.claim_build(connection, self._owner, _LEASE_SECONDS)
             if build is None:
                 break
+            if build.id in self._held:  # cancelled and asked for again before we looked
+                self._give_up(self._held[build.id])
             self._held[build.id] = build
-            self._submit(build)
         for build in list(self._held.values()):
-            self._watch_build(build)
+            try:
+                self._watch_build(build)
+            except Exception:  # one build's trouble must not hold up the others
+                log.exception("a build's step stumbled", build=build.id)
         return bool(self._held)
 
     def _submit(self, build: state.Build) -> None:
@@ -95,9 +100,15 @@ class Reconciler:
 
     def _watch_build(self, build: state.Build) -> None:
         status = self._platform.build_status(build.id, build.attempts)
-        if status.state == "missing":  # lost with the process that ran it: the same attempt once more
-            self._submit(build)
-            return
+        if status.state == "missing":  # new, or lost with the process that ran it: the same attempt once more
+            try:
+                self._submit(build)
+                return
+            except OSError as error:
+                status = BuildStatus("failed", failure=Failure(
+                    "build_not_started", f"The build could not be started: {error}.",
+                    hint="Look at the room on the disk of the state folder.", user=False,
+                ))  # fmt: skip
         if status.state == "running":
             values = {"lease_until": now() + _LEASE_SECONDS, "stage": status.stage, "stages": status.stages}
             with self._database.write() as connection:
@@ -105,7 +116,6 @@ class Reconciler:
             if not held:
                 self._give_up(build)
             return
-        del self._held[build.id]
         with self._database.write() as connection:
             if status.state == "succeeded":
                 assert status.result is not None
@@ -120,10 +130,14 @@ class Reconciler:
             else:
                 assert status.failure is not None
                 self._build_failed(connection=connection, build=build, failure=status.failure)
+        # Only now: an attempt of the same number may come again, and must not find this one's end.
+        self._give_up(build)
         self.wake()
 
     def _build_failed(self, connection: Connection, build: state.Build, failure: Failure) -> None:
         version = versions.by_id(connection, build.version_id)
+        if failure.code == "build_crashed" and version.deleted is not None:
+            failure = Failure("version_deleted", f"{version.title} was deleted while it was built.")
         again = not failure.user and build.attempts < self._settings.build_attempts
         values = {"stage": failure.stage, "reason": failure.message, "code": failure.code, "hint": failure.hint}
         if again:
@@ -142,9 +156,9 @@ class Reconciler:
         log.warning("build failed", build=build.id, code=failure.code, reason=failure.message, retried=again)
 
     def _give_up(self, build: state.Build) -> None:
-        """The build was cancelled, or its lease went to another."""
+        """The build has ended, was cancelled, or its lease went to another."""
         self._platform.cancel(build.id, build.attempts)
-        del self._held[build.id]
+        self._held.pop(build.id, None)
 
     # --- deployments ------------------------------------------------------------------------------------------------
 
@@ -170,6 +184,9 @@ class Reconciler:
             failure = Failure(build.code or "build_failed", build.reason or f"The build {build.state}.", build.hint)
             self._not_taken(held, wanted, failure, "BuildFailed")
             return True
+        if not self._platform.holds(build.result):
+            self._rebuild(build)
+            return True
         with self._database.write() as connection:
             if state.change_deployment(connection, held, state="rolling", reason=None, code=None, hint=None):
                 state.change_revision(
@@ -190,6 +207,9 @@ class Reconciler:
         return True
 
     def _rolling(self, held: state.Deployment, wanted: state.Revision, build: state.Build) -> bool:
+        observed = self._platform.observe(held.name)
+        if self._live_comes_first(held, wanted, observed):
+            return True
         self._platform.apply(self._order(held, wanted, build))
         observed = self._platform.observe(held.name)
         if observed.failed == wanted.number and observed.failure is not None:
@@ -267,9 +287,55 @@ class Reconciler:
         log.warning("revision was not taken", deployment=held.name, revision=wanted.number, code=failure.code)
         self.wake()
 
+    def _live_comes_first(self, held: state.Deployment, wanted: state.Revision, observed: Observed) -> bool:
+        """After a restart in the middle of a rollout: what is live answers again before the rollout goes on."""
+        waits = (
+            held.live not in (None, wanted.number)
+            and held.strategy == "rolling"
+            and observed.revision is None
+            and observed.crashes == 0
+        )
+        if waits:
+            self._keep_live(held)
+            with self._database.write() as connection:
+                deadline = now() + self._settings.ready_seconds
+                state.change_revision(connection, held.name, wanted.number, deadline=deadline)
+        return waits
+
     def _live(self, held: state.Deployment, wanted: state.Revision, build: state.Build) -> bool:
-        self._platform.apply(self._order(held, wanted, build))
-        return self._platform.observe(held.name).ready < held.replicas
+        self._platform.apply(self._order(held, wanted, build, proven=True))
+        observed = self._platform.observe(held.name)
+        self._tell_crashes(held, wanted, observed)
+        if observed.ready == 0 and build.result is not None and not self._platform.holds(build.result):
+            self._rebuild(build)
+        return observed.ready < held.replicas
+
+    def _tell_crashes(self, held: state.Deployment, wanted: state.Revision, observed: Observed) -> None:
+        """A process that ends again and again is no secret, and no reason to stop trying."""
+        told = self._crashes.get(held.name, 0)
+        self._crashes[held.name] = observed.crashes
+        with self._database.write() as connection:
+            if observed.crash is not None and observed.crashes > 0 and observed.crashes != told:
+                failure = observed.crash
+                state.record(
+                    connection,
+                    f"deployment/{held.name}",
+                    "Crashed",
+                    f"A process of revision {wanted.number} ended and is started again: {failure.message}",
+                    type="Warning",
+                )
+                if held.state == "live":
+                    state.change_deployment(
+                        connection, held, reason=failure.message, code=failure.code, hint=failure.hint
+                    )
+            elif held.state == "live" and held.reason is not None and observed.ready >= held.replicas:
+                state.change_deployment(connection, held, reason=None, code=None, hint=None)
+
+    def _rebuild(self, build: state.Build) -> None:
+        log.warning("what a build had left is gone; it runs again", build=build.id)
+        with self._database.write() as connection:
+            state.rebuild(connection, build.id)
+        self.wake()
 
     def _ended(self, held: state.Deployment, wanted: state.Revision, build: state.Build) -> bool:
         """Nothing is live and the last revision failed: keep no process of it."""
@@ -282,12 +348,14 @@ class Reconciler:
             with self._database.read() as connection:
                 live = state.revision(connection, held.name, held.live)
                 build = state.build(connection, live.build_id)
-            self._platform.apply(self._order(held, live, build))
+            self._platform.apply(self._order(held, live, build, proven=True))
 
-    def _order(self, held: state.Deployment, wanted: state.Revision, build: state.Build) -> RevisionOrder:
+    def _order(
+        self, held: state.Deployment, wanted: state.Revision, build: state.Build, *, proven: bool = False
+    ) -> RevisionOrder:
         assert build.result is not None
         with self._database.read() as connection:
             version = versions.by_id(connection, wanted.version_id)
         return RevisionOrder(
-            held.name, wanted.number, version, build.result, held.replicas, held.resources, held.strategy
+            held.name, wanted.number, version, build.result, held.replicas, held.resources, held.strategy, proven
         )

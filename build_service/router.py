@@ -14,10 +14,12 @@ from urllib.parse import quote
 
 import aiohttp
 import structlog
+from starlette.concurrency import run_in_threadpool
 from yarl import URL
 
 from build_service import metrics
 from build_service.problems import problem_response
+from build_service.remembered import Remembered
 from build_service.routes import RouteTable, Upstream
 from registry.errors import EkibenError, UserError
 from registry.manifest import RESERVED, is_name
@@ -32,7 +34,7 @@ PREFIX = "/inference"
 _HOP_BY_HOP = frozenset(
     (
         b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
-        b"trailer", b"transfer-encoding", b"upgrade",
+        b"trailer", b"transfer-encoding", b"upgrade", b"expect",
     )
 )  # fmt: skip
 # Set by this service itself on the way out.
@@ -43,18 +45,21 @@ _PATIENCE_SECONDS = 2.0  # how long a request waits for a process while a deploy
 
 
 class Router:
-    """`lookup(first segment or None)` gives the deployment's name, or None; `pending(name)` the 503 for it."""
+    """`default` is the name of the default deployment, `exists(name)` tells whether there is one of the name, and
+    `pending(name)` gives the 503 for one without a process. The latter two may ask the database and run in threads.
+    """
 
     def __init__(
         self,
         routes: RouteTable,
         *,
-        lookup: Callable[[str | None], str | None],
+        default: Remembered[str | None],
+        exists: Callable[[str], bool],
         pending: Callable[[str], EkibenError],
         body_limit: int,
         seconds: float,
     ) -> None:
-        self._routes, self._lookup, self._pending = routes, lookup, pending
+        self._routes, self._default, self._exists, self._pending = routes, default, exists, pending
         self._body_limit, self._seconds = body_limit, seconds
         self._session: aiohttp.ClientSession | None = None
 
@@ -84,29 +89,30 @@ class Router:
             await send(message)
 
         try:
-            deployment, path = self._resolve(scope["path"])
+            deployment, path = await self._resolve(scope["path"])
             await self._forward(deployment, path, scope, receive, counted)
         except EkibenError as error:
             await problem_response(error)(scope, receive, counted)
+        except _ClientGone:
+            status = 499  # nobody is there to be answered
         finally:
             metrics.INFERENCES.labels(deployment, str(status)).inc()
             metrics.INFERENCE_SECONDS.labels(deployment).observe(time.perf_counter() - started)
 
-    def _resolve(self, path: str) -> tuple[str, str]:
+    async def _resolve(self, path: str) -> tuple[str, str]:
         """The deployment and the path to ask its processes for (always under its own prefix)."""
         rest = path[len(PREFIX) :].lstrip("/")
         first = rest.partition("/")[0]
         if is_name(first) and first not in RESERVED:
-            name = self._lookup(first)
-            if name is None:
+            if not self._routes.known(first) and not await run_in_threadpool(self._exists, first):
                 raise UserError(
                     "deployment_not_found",
                     f"There is no deployment {first!r}.",
                     hint="GET /deployments lists them. Own routes of the default deployment: /inference/NAME/…",
                     status=404,
                 )
-            return name, path
-        name = self._lookup(None)
+            return first, path
+        name = await self._default.get()
         if name is None:
             raise UserError(
                 "no_default_deployment",
@@ -118,12 +124,19 @@ class Router:
 
     async def _forward(self, deployment: str, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {key.lower(): value for key, value in scope["headers"]}
-        length = int(headers[b"content-length"]) if headers.get(b"content-length", b"").isdigit() else None
+        declared = headers.get(b"content-length", b"")
+        # With a transfer coding the length means nothing (RFC 9112, 6.3).
+        length = int(declared) if declared.isdigit() and b"transfer-encoding" not in headers else None
         if length is not None and length > self._body_limit:
             raise _too_large(self._body_limit)
+        inbound = _Inbound(receive, self._body_limit)
         body: bytes | None = None
-        if length is not None and length <= _SMALL_BODY:
-            body = b"".join([chunk async for chunk in _body(receive, self._body_limit)])
+        if (length is not None and length <= _SMALL_BODY) or (length is None and b"transfer-encoding" not in headers):
+            try:
+                async with asyncio.timeout(self._seconds):
+                    body = b"".join([chunk async for chunk in inbound.chunks()])
+            except TimeoutError:
+                raise _body_timeout(self._seconds) from None
         query = scope.get("query_string", b"").decode("latin-1")
         raw_path = path if path != scope["path"] else scope.get("raw_path", path.encode()).decode("latin-1")
         target = _quote(raw_path) + (f"?{query}" if query else "")
@@ -137,17 +150,17 @@ class Router:
                 if used is not None:  # the only process there is; give it another try
                     used = None
                 if time.monotonic() > give_up or not self._routes.known(deployment):
-                    raise self._pending(deployment)
+                    raise await run_in_threadpool(self._pending, deployment)
                 await asyncio.sleep(0.02)
                 continue
             try:
-                stream = body if body is not None else _body(receive, self._body_limit)
-                await self._exchange(upstream, target, scope["method"], passed, stream, receive, send)
+                stream = body if body is not None else inbound.chunks()
+                await self._exchange(upstream, target, scope["method"], passed, stream, inbound, send)
                 return
             except aiohttp.ClientConnectorError:  # never handed over: another process may take it
                 used = upstream
                 if body is None or time.monotonic() > give_up:
-                    raise self._pending(deployment) from None
+                    raise await run_in_threadpool(self._pending, deployment) from None
             finally:
                 self._routes.release(upstream)
 
@@ -158,11 +171,12 @@ class Router:
         method: str,
         headers: list[tuple[str, str]],
         body: bytes | AsyncIterator[bytes],
-        receive: Receive,
+        inbound: _Inbound,
         send: Send,
     ) -> None:
         assert self._session is not None, "start() comes first"
         started = False
+        watch: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(self._seconds) as bound:
                 async with self._session.request(
@@ -183,6 +197,9 @@ class Router:
                     bound.reschedule(None)  # a stream may go on for as long as it likes
                     async for chunk in response.content.iter_chunked(_CHUNK):
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                        if watch is None and inbound.ended and not response.content.at_eof():
+                            # It goes on: a client that leaves must not keep the model streaming to nobody.
+                            watch = asyncio.create_task(_end_when_gone(inbound, response))
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
         except aiohttp.ClientConnectorError:
             raise
@@ -194,6 +211,10 @@ class Router:
                 status=504,
             ) from None
         except aiohttp.ClientError as error:
+            if inbound.error is not None and not started:
+                raise inbound.error from None  # what cut the request is known better
+            if inbound.gone or inbound.error is not None:
+                raise _ClientGone from None
             if started:
                 raise  # the answer is cut; closing the connection tells the client
             raise EkibenError(
@@ -202,6 +223,51 @@ class Router:
                 hint="Look at `ekiben logs`; the request can be sent again.",
                 status=502,
             ) from error
+        finally:
+            if watch is not None:
+                watch.cancel()
+
+
+class _ClientGone(Exception):
+    """The client closed its connection before it had its answer."""
+
+
+class _Inbound:
+    """The request's body, and what became of the client. An error that cuts the body is kept in `error`, as it is
+    raised inside the client library, which makes another one of it."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive, self._limit = receive, limit
+        self.ended = False
+        self.gone = False
+        self.error: Exception | None = None
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        seen = 0
+        while not self.ended:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.gone, self.error = True, _ClientGone()
+                raise self.error
+            chunk = message.get("body", b"")
+            seen += len(chunk)
+            if seen > self._limit:
+                self.error = _too_large(self._limit)
+                raise self.error
+            self.ended = not message.get("more_body", False)
+            if chunk:
+                yield chunk
+
+    async def left(self) -> None:
+        """Returns when the client has closed its connection; for when the body has ended."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+
+
+async def _end_when_gone(inbound: _Inbound, response: aiohttp.ClientResponse) -> None:
+    await inbound.left()
+    response.close()
 
 
 def _url(upstream: Upstream, target: str) -> URL:
@@ -216,7 +282,9 @@ def _request_headers(scope: Scope, length: int | None) -> list[tuple[str, str]]:
     headers = [
         (key.decode("latin-1"), value.decode("latin-1"))
         for key, value in scope["headers"]
-        if key.lower() not in _HOP_BY_HOP and key.lower() != b"x-request-id"
+        if key.lower() not in _HOP_BY_HOP
+        and key.lower() != b"x-request-id"
+        and (length is not None or key.lower() != b"content-length")
     ]
     headers.append(("X-Request-ID", structlog.contextvars.get_contextvars().get("request_id", "")))
     client = scope.get("client")
@@ -225,20 +293,13 @@ def _request_headers(scope: Scope, length: int | None) -> list[tuple[str, str]]:
     return headers
 
 
-async def _body(receive: Receive, limit: int) -> AsyncIterator[bytes]:
-    seen = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ConnectionResetError("the client went away")
-        chunk = message.get("body", b"")
-        seen += len(chunk)
-        if seen > limit:
-            raise _too_large(limit)
-        if chunk:
-            yield chunk
-        if not message.get("more_body", False):
-            return
+def _body_timeout(seconds: float) -> UserError:
+    return UserError(
+        "body_timeout",
+        f"The request's body did not arrive within {seconds:g} s.",
+        hint="Send it again, or raise EKIBEN_INFERENCE_SECONDS.",
+        status=408,
+    )
 
 
 def _too_large(limit: int) -> UserError:

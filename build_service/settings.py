@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -34,10 +37,14 @@ class Settings(BaseSettings):
     public_url: str | None = Field(
         None, description="URL under which clients reach the service, for links; default http://localhost:PORT."
     )
-    allowed_hosts: tuple[str, ...] = Field(
-        (), description="Host names that requests may carry besides loopback's own and that of public_url."
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Hosts that requests may name besides loopback's own and that of public_url; comma separated.",
     )
-    cors_origins: tuple[str, ...] = Field((), description="Origins that may call /inference from a browser.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins that may call /inference from a browser, such as https://shop.example; comma separated.",
+    )
     database: str | None = Field(None, description="SQLAlchemy URL; default a SQLite file in the state folder.")
     platform: Literal["local"] = Field("local", description="Where builds and deployments run.")
     kinds: Path = Field(default_factory=_installed_kinds, description="Folder of kinds.")
@@ -49,6 +56,9 @@ class Settings(BaseSettings):
     max_upload: int = Field(64 * GIB, gt=0, description="Bytes of one upload, after unpacking too.")
     max_files: int = Field(10_000, gt=0, description="Files of one version.")
     max_field: int = Field(MIB, gt=0, description="Bytes of one form field (sample, expected, requirements).")
+    upload_idle_seconds: float = Field(
+        60, gt=0, description="Time an upload may stand still before it is given up, in seconds."
+    )
     min_free_disk: int = Field(
         256 * MIB, ge=0, description="Bytes that must stay free on the state folder's disk; below, uploads answer 507."
     )
@@ -69,8 +79,47 @@ class Settings(BaseSettings):
     mlflow: bool = Field(True, description="Project versions into MLflow's registry.")
     mlflow_uri: str | None = Field(None, description="MLflow's store; default a SQLite file in the state folder.")
 
+    @field_validator("allowed_hosts", "cors_origins", mode="before")
+    @classmethod
+    def _separated(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            parts = urlsplit(origin)
+            if (
+                parts.scheme not in ("http", "https")
+                or not parts.netloc
+                or origin != f"{parts.scheme}://{parts.netloc}"
+            ):
+                raise ValueError(f"{origin!r} is no origin: use for instance https://shop.example")
+        return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):
+            raise ValueError(f"{value!r} is no URL: use for instance https://ekiben.example")
+        return value
+
+    @field_validator("database")
+    @classmethod
+    def _database(cls, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                make_url(value)
+        except ArgumentError:
+            raise ValueError("it is no SQLAlchemy URL, such as postgresql+psycopg://user@host/ekiben") from None
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.max_field > self.max_upload:
+            raise ValueError("EKIBEN_MAX_FIELD is larger than EKIBEN_MAX_UPLOAD, of which a field is a part")
+        if self.mlflow_uri is not None and not self.mlflow:
+            raise ValueError("EKIBEN_MLFLOW_URI is set although EKIBEN_MLFLOW=false: take one of them away")
         if not self.loopback and not self.token:
             raise ValueError(
                 f"EKIBEN_HOST={self.host} is reachable from other machines, so EKIBEN_TOKEN must be set "

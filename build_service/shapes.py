@@ -142,7 +142,7 @@ class Resources(BaseModel):
 class DeploymentRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, le=2**31 - 1)
     model: str | None = Field(None, description="Default: the model of the deployment's name.")
     replicas: int = Field(1, ge=1, le=64)
     resources: Resources = Resources()
@@ -153,7 +153,7 @@ class DeploymentRequest(BaseModel):
 class RollbackRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    revision: int | None = Field(None, ge=1, description="Default: the one that was live before.")
+    revision: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: the one that was live before.")
 
 
 class DeploymentView(BaseModel):

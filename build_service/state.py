@@ -213,7 +213,7 @@ def submit_build(connection: Connection, build_id: str, identity: str, version_i
             .where(builds.c.id == build_id)
             .values(
                 state="queued", stage=None, stages=[], attempts=0, not_before=0.0, reason=None, code=None, hint=None,
-                result=None, finished=None, version_id=version_id, image=image,
+                finished=None, version_id=version_id, image=image,
             )
             .returning(builds)
         ).one()  # fmt: skip
@@ -307,6 +307,33 @@ def release_builds(connection: Connection, owner_alive: str) -> None:
     )
 
 
+def leave_builds(connection: Connection, version_id: str) -> None:
+    """The version's files go: open builds of it go on with an equal version, or end."""
+    mine = select(builds).where(builds.c.version_id == version_id, builds.c.state.in_(BUILD_OPEN))
+    for row in connection.execute(mine).all():
+        other = connection.execute(
+            select(version_builds.c.version_id)
+            .join(versions, versions.c.id == version_builds.c.version_id)
+            .where(version_builds.c.build_id == row.id, versions.c.id != version_id, versions.c.deleted.is_(None))
+            .limit(1)
+        ).scalar_one_or_none()
+        values: dict[str, Any] = {"state": "queued", "version_id": other, "attempts": 0}
+        if other is None:
+            values = {
+                "state": "cancelled", "reason": "its version was deleted", "code": "version_deleted", "finished": now()
+            }  # fmt: skip
+        connection.execute(update(builds).where(builds.c.id == row.id).values(fence=builds.c.fence + 1, **values))
+
+
+def rebuild(connection: Connection, build_id: str) -> None:
+    """What a finished build had left was deleted: it runs again, with the lock that it had."""
+    connection.execute(
+        update(builds)
+        .where(builds.c.id == build_id, builds.c.state == "succeeded")
+        .values(state="queued", attempts=0, not_before=0.0, finished=None)
+    )
+
+
 def cancel_build(connection: Connection, build_id: str) -> Build:
     current = build(connection, build_id)
     if current.state not in BUILD_OPEN:
@@ -374,7 +401,8 @@ def target(
     row = connection.execute(select(deployments).where(deployments.c.name == name)).one_or_none()
     if row is not None and row.deleted is None and rollback_of is None:
         wanted = revision(connection, name, row.desired)
-        if wanted.version_id == version_id and wanted.state in ("pending", "rolling", "live"):
+        same = wanted.version_id == version_id and wanted.build_id == build_id
+        if same and wanted.state in ("pending", "rolling", "live"):
             if any(getattr(row, key) != value for key, value in values.items()):
                 connection.execute(
                     update(deployments).where(deployments.c.name == name).values(updated=now(), **values)
@@ -508,6 +536,11 @@ def delete_deployment(connection: Connection, name: str) -> None:
         update(deployments)
         .where(deployments.c.name == name)
         .values(deleted=now(), is_default=False, fence=deployments.c.fence + 1)
+    )
+    connection.execute(
+        update(revisions)
+        .where(revisions.c.deployment == name, revisions.c.state.in_(("pending", "rolling", "live")))
+        .values(state="superseded", reason="the deployment was deleted")
     )
 
 

@@ -25,6 +25,7 @@ metadata = MetaData(
 
 # A writer waits this long for another writer of the embedded database before it gives up, in milliseconds.
 _SQLITE_BUSY_MS = 20_000
+_POOL = 48  # connections
 
 
 class now(FunctionElement[float]):
@@ -52,7 +53,10 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        self.engine: Engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        # One for every thread that may ask at once; none of them shall wait for another's answer to be written.
+        self.engine: Engine = create_engine(
+            url, pool_pre_ping=not url.startswith("sqlite"), pool_size=_POOL, max_overflow=_POOL
+        )
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)

@@ -127,8 +127,14 @@ class DirectoryStore:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        with suppress(OSError):
-            path.parent.rmdir()
+        # Folders that are empty now go too, but not the top ones: another upload may be about to use them.
+        for folder in path.parents:
+            if folder.parent in (self.root, self.root.parent):
+                break
+            try:
+                folder.rmdir()
+            except OSError:
+                break
 
     def checkout(self, prefix: str, into: Path) -> Path:
         return self._path(prefix)
@@ -163,11 +169,11 @@ class DirectoryWriter:
             _translated(self._key, lambda: self._path.parent.mkdir(parents=True, exist_ok=True))
             if if_absent:
                 try:
-                    os.link(self._temporary, self._path)
+                    _translated(self._key, lambda: os.link(self._temporary, self._path))
                 except FileExistsError:
                     raise ObjectExists(self._key) from None
             else:
-                os.replace(self._temporary, self._path)
+                _translated(self._key, lambda: os.replace(self._temporary, self._path))
         finally:
             self.abort()
         stat = self._path.stat()
