@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import bentos
-from bentos.serving import golden, lifeline, own_files
+from bentos.serving import declared, golden, lifeline, own_files
 from bentos.serving.about import About, Served
 from bentos.serving.model import ModelFolder
 from bentos.serving.problems import StartError
@@ -79,7 +79,10 @@ def serve(settings: Settings) -> None:
         folder = ModelFolder.read(settings.model_dir)
         folder.verify(settings.digest)
     listener = _listen(settings)
+    _declare(declared.read(settings.bento))
     service = _load(settings.bento)
+    if not (settings.bento / "bento.yaml").is_file():  # a Bento has those of its services in its bento.yaml
+        _declare(declared.runtime({"name": e.name, "value": e.value, "stage": e.stage} for e in service.envs))
     app, settings = _application(service, settings)
     import uvicorn
 
@@ -147,6 +150,11 @@ async def _run(
 
 def _stop(server: Any) -> None:
     server.should_exit = True
+
+
+def _declare(variables: dict[str, str]) -> None:
+    for name in declared.apply(variables, os.environ):
+        _logger.warning("the Bento's environment variable %s is not set: it belongs to the platform", name)
 
 
 def _load(bento: Path) -> Any:

@@ -43,9 +43,9 @@ def encode(values: list[Any]) -> bytes:
     try:
         return json.dumps({"outputs": values}, allow_nan=False, separators=(",", ":")).encode()
     except ValueError as error:
-        from bentos.serving.golden import not_finite
+        from bentos.serving import finite
 
-        row = next((i for i, v in enumerate(values) if not_finite(v)), 0)
+        row = next((i for i, v in enumerate(values) if finite.place(v)), 0)
         raise Problem(
             "prediction_not_finite",
             f"the model gives no finite value for row {row}",

@@ -6,10 +6,10 @@ Comparison is pure; `call` and `check` run the request through the real applicat
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from bentos.serving import finite
 from bentos.serving.about import SCOPE_KEY, About, Checked, Served
 from bentos.serving.problems import App, Message, Scope, StartError
 
@@ -55,19 +55,6 @@ def compare(expected: Any, actual: Any, rtol: float, atol: float) -> Comparison:
     if first is None and isinstance(expected, dict):
         first = _difference({**expected, name: []}, {**actual, name: []}, "body", rtol, atol)
     return Comparison(len(rows), differences.count(None), first)
-
-
-def not_finite(value: Any, path: str = "") -> str | None:
-    """The path of the first number that is NaN or infinite, or None."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else path or "body"
-    if isinstance(value, dict):
-        pairs = [(f"{path}.{k}" if path else str(k), v) for k, v in value.items()]
-    elif isinstance(value, list):
-        pairs = [(f"{path}[{i}]", v) for i, v in enumerate(value)]
-    else:
-        return None
-    return next((found for p, v in pairs if (found := not_finite(v, p))), None)
 
 
 async def call(app: App, path: str, body: Any, served: Served | None = None) -> tuple[int, Any]:
@@ -133,13 +120,14 @@ async def check(app: App, route: str | None, about: About, served: Served) -> tu
         sample, expected, verified = about.example, None, "synthetic"
     if sample is None or route is None:
         return Checked(), None
-    status, answer = await call(app, route, sample, served)
+    with finite.watch() as seen:
+        status, answer = await call(app, route, sample, served)
     what = "the synthetic example made from the model's schema" if verified == "synthetic" else "the sample"
     if status >= 400:
         said = answer.get("detail", answer) if isinstance(answer, dict) else answer
         hint = "send a sample that is a body for the predict route, such as " + json.dumps(about.example)[:300]
         raise StartError("golden_sample_failed", f"{what} was refused with status {status}: {said}", hint)
-    if place := not_finite(answer):
+    if place := finite.place(answer) or next(iter(seen), None):
         message = f"the answer to {what} is not finite at {place}"
         raise StartError("golden_sample_failed", message, "check the model with the same rows where it was trained")
     _check_count(sample, answer, what)

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bentos.serving import Column, ModelFolder, Problem, StartError, Table, write_model
-from bentos.serving.golden import compare, not_finite
+from bentos.serving import Column, ModelFolder, Problem, StartError, Table, finite, write_model
+from bentos.serving.golden import compare
 from bentos.serving.problems import from_answer
 from bentos.serving.settings import Settings
 
@@ -59,9 +59,9 @@ def test_shapes_strings_and_the_rest_of_the_body_count() -> None:
 
 
 def test_the_place_of_a_number_without_value_is_found() -> None:
-    assert not_finite({"outputs": [1.0, [2.0, math.nan]]}) == "outputs[1][1]"
-    assert not_finite({"a": {"b": -math.inf}}) == "a.b"
-    assert not_finite({"outputs": [1, "NaN", None]}) is None
+    assert finite.place({"outputs": [1.0, [2.0, math.nan]]}) == "outputs[1][1]"
+    assert finite.place({"a": {"b": -math.inf}}) == "a.b"
+    assert finite.place({"outputs": [1, "NaN", None]}) is None
 
 
 TABLE = Table((Column("age"), Column("plan", categories=("a", "b")), Column("size", nullable=False)))

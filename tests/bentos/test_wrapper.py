@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,79 +58,6 @@ class Doubler:
 """
 
 
-@dataclass
-class Served:
-    """A wrapper process. `start` does not wait; `ready` does."""
-
-    root: Path
-    environment: dict[str, str] = field(default_factory=dict)
-    pass_fds: tuple[int, ...] = ()
-    process: subprocess.Popen[bytes] | None = None
-
-    def __post_init__(self) -> None:
-        self.port = _free_port()
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False)
-        self.log = self.root / f"log-{self.port}.txt"
-        self.reason = self.root / f"reason-{self.port}.json"
-
-    def start(self) -> Served:
-        environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith(("EKIBEN_", "BENTOML_"))},
-            "EKIBEN_HOST": "127.0.0.1",
-            "EKIBEN_PORT": str(self.port),
-            "EKIBEN_TERMINATION_LOG": str(self.reason),
-            **self.environment,
-        }
-        with self.log.open("wb") as stream:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "bentos.serving"],
-                cwd=self.root,
-                env=environment,
-                stderr=stream,
-                pass_fds=self.pass_fds,
-                start_new_session=True,
-            )
-        return self
-
-    def ready(self) -> Served:
-        assert self.process is not None
-        while self.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                if self.client.get("/readyz").status_code == 200:
-                    return self
-            time.sleep(0.02)
-        pytest.fail(f"exit {self.process.returncode}:\n{self.log.read_text()[-4000:]}")
-
-    def exit_code(self) -> int:
-        assert self.process is not None
-        return self.process.wait(120)
-
-    def stop(self) -> None:
-        self.client.close()
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-    def failure(self) -> dict[str, Any]:
-        body: dict[str, Any] = json.loads(self.reason.read_text())
-        assert set(body) == {"code", "message", "hint"}
-        return body
-
-
-@pytest.fixture
-def starting(tmp_path: Path) -> Iterator[Any]:
-    """A factory of wrapper processes, all ended with the test."""
-    running: list[Served] = []
-
-    def start(environment: dict[str, str], pass_fds: tuple[int, ...] = ()) -> Served:
-        running.append(Served(tmp_path, environment, pass_fds).start())
-        return running[-1]
-
-    yield start
-    for served in running:
-        served.stop()
-
-
 @pytest.fixture(scope="module")
 def churn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root: Path = (
@@ -164,12 +87,6 @@ def _copy(model: Path, target: Path, **changed: Any) -> Path:
         **changed,
     }
     return write_model(target, kind="lightgbm", format="lightgbm-text", **parts).root
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
@@ -263,9 +180,9 @@ def test_without_a_sample_a_synthetic_row_is_predicted(starting: Any, churn: Pat
 
 
 @pytest.fixture(scope="module")
-def running(churn: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def running(churn: Path, wrapper: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     tokens = ",".join(hashlib.sha256(t).hexdigest() for t in (b"first", b"second"))
-    served = Served(
+    served = wrapper(
         tmp_path_factory.mktemp("running"),
         _lightgbm(
             churn,
@@ -285,7 +202,7 @@ def running(churn: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 TOKEN = {"authorization": "Bearer second"}
 
 
-def test_the_prefix_is_stripped_and_unprefixed_paths_are_served_too(running: Served, churn: Path) -> None:
+def test_the_prefix_is_stripped_and_unprefixed_paths_are_served_too(running: Any, churn: Path) -> None:
     sample, expected = (json.loads((churn / f"{n}.json").read_text()) for n in ("sample", "expected"))
     for path in ("/inference/churn/predict", "/predict"):
         assert running.client.post(path, json=sample, headers=TOKEN).json() == expected
@@ -294,7 +211,7 @@ def test_the_prefix_is_stripped_and_unprefixed_paths_are_served_too(running: Ser
     assert spec["servers"] == [{"url": "/inference/churn"}]
 
 
-def test_every_answer_names_its_version(running: Served) -> None:
+def test_every_answer_names_its_version(running: Any) -> None:
     for path in ("/livez", "/health", "/inference/churn/metadata", "/nowhere", "/predict"):
         response = running.client.get(path, headers=TOKEN)
         assert (response.headers["ekiben-model"], response.headers["ekiben-version"]) == ("churn", "3")
@@ -303,14 +220,14 @@ def test_every_answer_names_its_version(running: Served) -> None:
     assert unauthorized.headers["ekiben-version"] == "3"
 
 
-def test_a_given_request_id_is_kept_and_a_strange_one_is_not(running: Served) -> None:
+def test_a_given_request_id_is_kept_and_a_strange_one_is_not(running: Any) -> None:
     kept = running.client.get("/livez", headers={"x-request-id": "abc-1"})
     assert kept.headers["x-request-id"] == "abc-1"
     replaced = running.client.get("/livez", headers={"x-request-id": "a b"})
     assert replaced.headers["x-request-id"] != "a b"
 
 
-def test_calls_need_one_of_the_tokens(running: Served) -> None:
+def test_calls_need_one_of_the_tokens(running: Any) -> None:
     for headers in (
         {},
         {"authorization": "Bearer wrong"},
@@ -324,19 +241,19 @@ def test_calls_need_one_of_the_tokens(running: Served) -> None:
         assert running.client.get("/metadata", headers={"authorization": f"bearer {token}"}).status_code == 200
 
 
-def test_probes_and_metrics_need_no_token_but_metrics_stay_inside(running: Served) -> None:
+def test_probes_and_metrics_need_no_token_but_metrics_stay_inside(running: Any) -> None:
     assert running.client.get("/readyz").status_code == 200
     assert "bentoml" in running.client.get("/metrics").text
     for path in ("/inference/churn/metrics", "/inference/churn/%6detrics", "/inference/churn//metrics"):
         assert running.client.get(path, headers=TOKEN).status_code == 404
 
 
-def test_labels_and_metrics_come_from_the_environment(running: Served) -> None:
+def test_labels_and_metrics_come_from_the_environment(running: Any) -> None:
     body = running.client.get("/metadata", headers=TOKEN).json()
     assert (body["labels"], body["metrics"]) == ({"team": "a"}, {"auc": 0.8})
 
 
-def test_a_body_that_is_declared_too_large_is_refused_before_it_is_read(running: Served) -> None:
+def test_a_body_that_is_declared_too_large_is_refused_before_it_is_read(running: Any) -> None:
     with socket.create_connection(("127.0.0.1", running.port)) as raw:
         raw.sendall(
             b"POST /predict HTTP/1.1\r\nhost: x\r\nauthorization: Bearer first\r\n"
