@@ -116,7 +116,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.max_field > self.max_upload:
+        if "max_field" in self.model_fields_set and self.max_field > self.max_upload:
             raise ValueError("EKIBEN_MAX_FIELD is larger than EKIBEN_MAX_UPLOAD, of which a field is a part")
         if self.mlflow_uri is not None and not self.mlflow:
             raise ValueError("EKIBEN_MLFLOW_URI is set although EKIBEN_MLFLOW=false: take one of them away")

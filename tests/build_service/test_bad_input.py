@@ -93,7 +93,7 @@ CONTENTS: dict[str, tuple[bytes, str, dict[str, Any], str]] = {
     "sample with a NaN": (b"MODEL", "m.txt", {"sample": '[{"age": NaN}]'}, "not_json"),
     "sample with a number that is infinite": (b"MODEL", "m.txt", {"sample": '[{"age": 1e999}]'}, "not_json"),
     "sample with half a character": (b"MODEL", "m.txt", {"sample": '[{"age": "\\ud800"}]'}, "not_json"),
-    "sample that is endlessly deep": (b"MODEL", "m.txt", {"sample": "[" * 900 + "]" * 900}, "not_json"),
+    "sample that is endlessly deep": (b"MODEL", "m.txt", {"sample": "[" * 90_000 + "]" * 90_000}, "not_json"),
     "labels with half a character": (b"MODEL", "m.txt", {"labels": '{"a": "\\udfff"}'}, "not_json"),
     "labels that are a list": (b"MODEL", "m.txt", {"labels": "a,b"}, "bad_labels"),
     "expected without sample": (b"MODEL", "m.txt", {"expected": [1.0]}, "expected_without_sample"),
@@ -269,8 +269,8 @@ def test_a_version_that_callers_could_not_use_is_refused_before_it_is_built(
     home.upload(model(1), sample=rows)
     other = model(2, ("age", "height"))
     before = home.rows("SELECT id FROM builds")
-    problem = home.upload(other, status=409, sample=[{"age": 1.0, "height": 2.0}])
-    assert problem["code"] == "incompatible_signature"
+    problem = home.upload(other, status=422, sample=[{"age": 1.0, "height": 2.0}])
+    assert problem["code"] == "schema_incompatible"
     assert "force" in problem["hint"]
     assert len(home.objects()) == 1
     assert home.rows("SELECT id FROM builds") == before
@@ -401,7 +401,7 @@ def test_tokens_elsewhere_than_on_loopback(home: Home) -> None:
     first = {"authorization": "Bearer first-token"}
     assert home.get("/models", 401)["code"] == "unauthorized"
     assert home.get("/inference/churn/predict", 401)["code"] == "unauthorized"
-    for wrong in ("Bearer first", "Bearer ", "Basic first-token", "first-token", "Bearer first-token2"):
+    for wrong in ("Bearer first", "Bearer", "Basic first-token", "first-token", "Bearer first-token2"):
         assert home.get("/models", 401, headers={"authorization": wrong})["code"] == "unauthorized"
     assert home.get("/models", headers=first) == {"items": [], "next": None}
     made = home.post("/tokens", 201, headers=first, json={"name": "laptop"})
