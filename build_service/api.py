@@ -234,13 +234,13 @@ def router(service: Service) -> APIRouter:
             view = await _settled(service, request, view, wait, deployed=complete.deploy)
         return view
 
-    @api.get("/models", tags=["models"])
+    @api.get("/models", tags=["models"], operation_id="list_models")
     def models() -> shapes.Page[shapes.ModelView]:
         with database.read() as connection:
             items = [views.model(connection, name, service.links) for name in versions.names(connection)]
         return shapes.Page(items=items)
 
-    @api.get("/models/{name}", tags=["models"])
+    @api.get("/models/{name}", tags=["models"], operation_id="list_versions")
     def model_versions(name: str) -> shapes.Page[shapes.VersionView]:
         with database.read() as connection:
             rows = versions.of_model(connection, name)
@@ -248,11 +248,16 @@ def router(service: Service) -> APIRouter:
                 versions.find(connection, name, 0)
             return shapes.Page(items=[views.version(connection, row, service.links) for row in rows])
 
-    @api.get("/models/{name}/versions/{number}", tags=["models"])
+    @api.get("/models/{name}/versions/{number}", tags=["models"], operation_id="get_version")
     def model_version(name: str, number: int) -> shapes.VersionView:
         return service.version_view(name, _positive(number))
 
-    @api.get("/models/{name}/versions/{number}/files/{path:path}", tags=["models"], response_class=FileResponse)
+    @api.get(
+        "/models/{name}/versions/{number}/files/{path:path}",
+        tags=["models"],
+        response_class=FileResponse,
+        operation_id="get_file",
+    )
     def model_file(name: str, number: int, path: str) -> Response:
         with database.read() as connection:
             row = versions.find(connection, name, _positive(number))
@@ -277,7 +282,7 @@ def router(service: Service) -> APIRouter:
         }
         return StreamingResponse(chunks(), media_type="application/octet-stream", headers=headers)
 
-    @api.delete("/models/{name}/versions/{number}", status_code=204, tags=["models"])
+    @api.delete("/models/{name}/versions/{number}", status_code=204, tags=["models"], operation_id="delete_version")
     def delete_version(name: str, number: int) -> None:
         with database.write() as connection:
             row = versions.find(connection, name, _positive(number))
@@ -286,7 +291,7 @@ def router(service: Service) -> APIRouter:
         service.changed()
         service.store.delete(row.location)
 
-    @api.delete("/models/{name}", status_code=204, tags=["models"])
+    @api.delete("/models/{name}", status_code=204, tags=["models"], operation_id="delete_model")
     def delete_model(name: str) -> None:
         with database.write() as connection:
             rows = versions.of_model(connection, name)
@@ -300,7 +305,7 @@ def router(service: Service) -> APIRouter:
         for row in rows:
             service.store.delete(row.location)
 
-    @api.post("/models/{name}/versions/{number}/builds", status_code=202, tags=["builds"])
+    @api.post("/models/{name}/versions/{number}/builds", status_code=202, tags=["builds"], operation_id="submit_build")
     def submit_build(
         name: str, number: int, wanted: Annotated[shapes.BuildRequest | None, Body()] = None
     ) -> shapes.BuildView:
@@ -315,7 +320,7 @@ def router(service: Service) -> APIRouter:
 
     # --- builds -----------------------------------------------------------------------------------------------------
 
-    @api.get("/builds", tags=["builds"])
+    @api.get("/builds", tags=["builds"], operation_id="list_builds")
     def builds(
         after: Annotated[float | None, Query(description="`next` of the page before.")] = None,
         limit: Annotated[int, Query(ge=1, le=500)] = 100,
@@ -325,12 +330,14 @@ def router(service: Service) -> APIRouter:
             items = [views.build(connection, row, service.links) for row in rows]
         return shapes.Page(items=items, next=repr(rows[-1].created) if len(rows) == limit else None)
 
-    @api.get("/builds/{build_id}", tags=["builds"])
+    @api.get("/builds/{build_id}", tags=["builds"], operation_id="get_build")
     def build(build_id: str) -> shapes.BuildView:
         with database.read() as connection:
             return views.build(connection, state.build(connection, build_id), service.links)
 
-    @api.get("/builds/{build_id}/logs", tags=["builds"], response_class=StreamingResponse)
+    @api.get(
+        "/builds/{build_id}/logs", tags=["builds"], response_class=StreamingResponse, operation_id="get_build_logs"
+    )
     def build_logs(build_id: str, follow: bool = False) -> Response:
         def waits() -> bool:
             with database.read() as connection:
@@ -339,7 +346,7 @@ def router(service: Service) -> APIRouter:
         queued = waits()
         return _lines(lambda: service.platform.build_log(build_id, follow=follow), waits if follow and queued else None)
 
-    @api.post("/builds/{build_id}/cancel", tags=["builds"])
+    @api.post("/builds/{build_id}/cancel", tags=["builds"], operation_id="cancel_build")
     def cancel_build(build_id: str) -> shapes.BuildView:
         with database.write() as connection:
             view = views.build(connection, state.cancel_build(connection, build_id), service.links)
@@ -348,13 +355,13 @@ def router(service: Service) -> APIRouter:
 
     # --- deployments ------------------------------------------------------------------------------------------------
 
-    @api.get("/deployments", tags=["deployments"])
+    @api.get("/deployments", tags=["deployments"], operation_id="list_deployments")
     def deployments() -> shapes.Page[shapes.DeploymentView]:
         with database.read() as connection:
             rows = state.all_deployments(connection)
             return shapes.Page(items=[service.deployment_view(connection, row) for row in rows])
 
-    @api.put("/deployments/{name}", tags=["deployments"])
+    @api.put("/deployments/{name}", tags=["deployments"], operation_id="put_deployment")
     def put_deployment(name: str, wanted: shapes.DeploymentRequest) -> shapes.DeploymentView:
         """Serve a version under a name. Traffic moves once its golden sample passes."""
         check_name(name)
@@ -376,32 +383,37 @@ def router(service: Service) -> APIRouter:
         service.changed()
         return view
 
-    @api.get("/deployments/{name}", tags=["deployments"])
+    @api.get("/deployments/{name}", tags=["deployments"], operation_id="get_deployment")
     def deployment(name: str) -> shapes.DeploymentView:
         with database.read() as connection:
             return service.deployment_view(connection, state.need_deployment(connection, name))
 
-    @api.get("/deployments/{name}/revisions", tags=["deployments"])
+    @api.get("/deployments/{name}/revisions", tags=["deployments"], operation_id="list_revisions")
     def revisions(name: str) -> shapes.Page[shapes.RevisionView]:
         with database.read() as connection:
             state.need_deployment(connection, name)
             items = [views.revision(connection, row) for row in state.revisions_of(connection, name)]
         return shapes.Page(items=items)
 
-    @api.get("/deployments/{name}/events", tags=["deployments"])
+    @api.get("/deployments/{name}/events", tags=["deployments"], operation_id="list_events")
     def events(name: str) -> shapes.Page[shapes.EventView]:
         with database.read() as connection:
             state.need_deployment(connection, name)
             items = [views.event(row) for row in state.events_of(connection, f"deployment/{name}")]
         return shapes.Page(items=items)
 
-    @api.get("/deployments/{name}/logs", tags=["deployments"], response_class=StreamingResponse)
+    @api.get(
+        "/deployments/{name}/logs",
+        tags=["deployments"],
+        response_class=StreamingResponse,
+        operation_id="get_deployment_logs",
+    )
     def deployment_logs(name: str, follow: bool = False) -> Response:
         with database.read() as connection:
             state.need_deployment(connection, name)
         return _lines(lambda: service.platform.serving_log(name, follow=follow))
 
-    @api.post("/deployments/{name}/rollback", tags=["deployments"])
+    @api.post("/deployments/{name}/rollback", tags=["deployments"], operation_id="roll_back")
     def rollback(name: str, wanted: Annotated[shapes.RollbackRequest | None, Body()] = None) -> shapes.DeploymentView:
         """A new revision that points at an older build: nothing is rebuilt."""
         with database.write() as connection:
@@ -422,15 +434,16 @@ def router(service: Service) -> APIRouter:
         service.changed()
         return view
 
-    @api.delete("/deployments/{name}", status_code=204, tags=["deployments"])
+    @api.delete("/deployments/{name}", status_code=204, tags=["deployments"], operation_id="delete_deployment")
     def delete_deployment(name: str) -> None:
         with database.write() as connection:
             state.delete_deployment(connection, name)
+        service.platform.delete(name)  # no call is answered after this one; the loop does it again, should it be late
         service.changed()
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
-    @api.get("/kinds", tags=["kinds"])
+    @api.get("/kinds", tags=["kinds"], operation_id="list_kinds")
     def kinds() -> shapes.Page[shapes.KindView]:
         items = [
             shapes.KindView(
@@ -445,7 +458,7 @@ def router(service: Service) -> APIRouter:
         ]
         return shapes.Page(items=items)
 
-    @api.post("/tokens", status_code=201, tags=["tokens"])
+    @api.post("/tokens", status_code=201, tags=["tokens"], operation_id="make_token")
     def make_token(wanted: shapes.TokenRequest) -> shapes.TokenView:
         token = f"ekb_{secrets.token_urlsafe(32)}"
         values = {"id": str(ULID()), "name": wanted.name, "sha256": hashlib.sha256(token.encode()).hexdigest()}
@@ -456,7 +469,7 @@ def router(service: Service) -> APIRouter:
             id=row.id, name=row.name, created=views.stamp(row.created) or "", revoked=False, token=token
         )
 
-    @api.get("/tokens", tags=["tokens"])
+    @api.get("/tokens", tags=["tokens"], operation_id="list_tokens")
     def tokens() -> shapes.Page[shapes.TokenView]:
         with database.read() as connection:
             rows = connection.execute(select(state.tokens).order_by(state.tokens.c.created)).all()
@@ -468,7 +481,7 @@ def router(service: Service) -> APIRouter:
         ]
         return shapes.Page(items=items)
 
-    @api.delete("/tokens/{token_id}", status_code=204, tags=["tokens"])
+    @api.delete("/tokens/{token_id}", status_code=204, tags=["tokens"], operation_id="revoke_token")
     def revoke_token(token_id: str) -> None:
         with database.write() as connection:
             done = connection.execute(update(state.tokens).where(state.tokens.c.id == token_id).values(revoked=now()))

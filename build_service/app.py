@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import structlog
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import select
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
@@ -98,7 +99,10 @@ def create_app(settings: Settings, *, port: int) -> Application:
             projection.start()
         # Where a client on this machine finds the service, whatever port it took.
         address = root / "url"
-        address.write_text(links.base + "\n")
+        # In one step: whoever finds the file finds the whole address in it.
+        fresh = root / "url.new"
+        fresh.write_text(links.base + "\n")
+        fresh.replace(address)
         log.info("service is up", url=links.base, home=str(root))
         try:
             yield
@@ -112,7 +116,7 @@ def create_app(settings: Settings, *, port: int) -> Application:
             database.close()
             os.close(lock)
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Ekiben",
         version=VERSION,
         description="Hand it a trained model; it hands you back a running, versioned endpoint.",
@@ -142,21 +146,21 @@ def create_app(settings: Settings, *, port: int) -> Application:
 
 
 def _system_routes(app: FastAPI, database: Database, root: Path) -> None:
-    @app.get("/livez", tags=["system"], response_class=PlainTextResponse)
+    @app.get("/livez", tags=["system"], operation_id="livez", response_class=PlainTextResponse)
     def livez() -> str:
         return "ok\n"
 
-    @app.get("/readyz", tags=["system"], response_class=PlainTextResponse)
+    @app.get("/readyz", tags=["system"], operation_id="readyz", response_class=PlainTextResponse)
     def readyz() -> str:
         with database.read() as connection:
             connection.execute(select(1))
         return "ok\n"
 
-    @app.get("/metrics", tags=["system"], response_class=PlainTextResponse)
+    @app.get("/metrics", tags=["system"], operation_id="metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/version", tags=["system"])
+    @app.get("/version", tags=["system"], operation_id="version")
     def version() -> dict[str, str]:
         return {"version": VERSION, "home": str(root)}
 

@@ -69,7 +69,7 @@ class Home:
     # --- the API ----------------------------------------------------------------------------------------------------
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, trust_env=False, timeout=DEADLINE, **options)
+        return httpx.Client(**{"base_url": self.url, "trust_env": False, "timeout": DEADLINE, **options})
 
     def get(self, path: str, status: int = 200, **options: Any) -> Any:
         return self.call("GET", path, status, **options)

@@ -138,7 +138,7 @@ def test_a_full_disk_is_an_error_of_its_own(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     writer = store.writer("a")
     writer._file.close()
-    writer._file = open("/dev/full", "wb", buffering=0)
+    writer._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - the writer closes it
     with pytest.raises(InfrastructureError) as caught:
         writer.write(b"x")
     assert (caught.value.code, caught.value.status) == ("disk_full", 507)

@@ -33,7 +33,7 @@ def test_numbers_are_never_used_again(steps: list[tuple[str, str, int]]) -> None
         alive: dict[tuple[str, int], int] = {}
         for action, name, content in steps:
             if action == "fail":
-                with pytest.raises(RuntimeError), database.write() as connection:
+                with pytest.raises(RuntimeError), database.write() as connection:  # noqa: PT012 - the way it is undone
                     versions.create(connection, **values(name, content))
                     raise RuntimeError("the transaction is undone, its number too")
                 continue

@@ -1,0 +1,64 @@
+"""One clock, and writers that wait for each other rather than fail."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from sqlalchemy import insert, select, update
+
+from registry.database import Database, now
+from registry.versions import counters
+
+
+def test_the_clock_is_the_databases_and_counts_seconds_since_1970(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'd.db'}")
+    with database.read() as connection:
+        before = time.time()
+        value = connection.execute(select(now())).scalar_one()
+        assert before - 1 <= value <= time.time() + 1
+    database.close()
+
+
+def test_writers_that_read_first_do_not_lose_each_others_writes(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'd.db'}")
+    database.create()
+    database.create()  # fine when the tables are there
+    with database.write() as connection:
+        connection.execute(insert(counters).values(name="a", last=0))
+
+    def count() -> None:
+        for _ in range(25):
+            with database.write() as connection:
+                last = connection.execute(select(counters.c.last)).scalar_one()
+                connection.execute(update(counters).values(last=last + 1))
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.read() as connection:
+        assert connection.execute(select(counters.c.last)).scalar_one() == 200
+    database.close()
+
+
+def test_as_many_may_read_at_once_as_the_service_has_threads(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'd.db'}")
+    database.create()
+    together = threading.Barrier(40, timeout=60)
+    seen: list[int] = []
+
+    def read() -> None:
+        with database.read() as connection:
+            together.wait()  # all hold a connection now
+            seen.append(len(connection.execute(select(counters)).all()))
+
+    threads = [threading.Thread(target=read) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [0] * 40
+    database.close()
