@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import bentoml
@@ -12,83 +15,6 @@ from bentos import serving
 from bentos.serving.schema import inputs_schema, outputs_schema
 
 _METHODS = ("predict", "predict_proba")
-
-# What skops does not trust by itself, and a fitted scikit-learn model may hold. Trees hold indices that scikit-learn
-# follows unchecked: a crafted file may crash this process, which serves that file alone. Nothing here calls what the
-# file names: no partial, no bound methods, no code of others.
-TRUSTED = frozenset(
-    """
-    collections.OrderedDict
-    collections.defaultdict
-    numpy.dtype
-    numpy.max
-    numpy.mean
-    numpy.median
-    numpy.min
-    numpy.sum
-    numpy.random._generator.Generator
-    numpy.random.mtrand.RandomState
-    scipy.interpolate._bsplines.BSpline
-    scipy.sparse._csc.csc_array
-    scipy.sparse._csc.csc_matrix
-    scipy.sparse._csr.csr_array
-    scipy.sparse._csr.csr_matrix
-    sklearn._loss.link.HalfLogitLink
-    sklearn._loss.link.IdentityLink
-    sklearn._loss.link.Interval
-    sklearn._loss.link.LogLink
-    sklearn._loss.link.LogitLink
-    sklearn._loss.link.MultinomialLogit
-    sklearn._loss.loss.AbsoluteError
-    sklearn._loss.loss.ExponentialLoss
-    sklearn._loss.loss.HalfBinomialLoss
-    sklearn._loss.loss.HalfGammaLoss
-    sklearn._loss.loss.HalfMultinomialLoss
-    sklearn._loss.loss.HalfPoissonLoss
-    sklearn._loss.loss.HalfSquaredError
-    sklearn._loss.loss.HalfTweedieLoss
-    sklearn._loss.loss.HalfTweedieLossIdentity
-    sklearn._loss.loss.HuberLoss
-    sklearn._loss.loss.PinballLoss
-    sklearn.calibration._CalibratedClassifier
-    sklearn.calibration._SigmoidCalibration
-    sklearn.cluster._bisect_k_means._BisectingTree
-    sklearn.cluster._kmeans._kmeans_single_elkan
-    sklearn.cluster._kmeans._kmeans_single_lloyd
-    sklearn.compose._column_transformer._RemainderColsList
-    sklearn.compose._column_transformer.make_column_selector
-    sklearn.ensemble._hist_gradient_boosting.binning._BinMapper
-    sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor
-    sklearn.feature_selection._univariate_selection.chi2
-    sklearn.feature_selection._univariate_selection.f_classif
-    sklearn.feature_selection._univariate_selection.f_regression
-    sklearn.gaussian_process._gpc._BinaryGaussianProcessClassifierLaplace
-    sklearn.gaussian_process.kernels.CompoundKernel
-    sklearn.gaussian_process.kernels.ConstantKernel
-    sklearn.gaussian_process.kernels.DotProduct
-    sklearn.gaussian_process.kernels.ExpSineSquared
-    sklearn.gaussian_process.kernels.Exponentiation
-    sklearn.gaussian_process.kernels.Hyperparameter
-    sklearn.gaussian_process.kernels.Matern
-    sklearn.gaussian_process.kernels.PairwiseKernel
-    sklearn.gaussian_process.kernels.Product
-    sklearn.gaussian_process.kernels.RBF
-    sklearn.gaussian_process.kernels.RationalQuadratic
-    sklearn.gaussian_process.kernels.Sum
-    sklearn.gaussian_process.kernels.WhiteKernel
-    sklearn.metrics._dist_metrics.ChebyshevDistance64
-    sklearn.metrics._dist_metrics.EuclideanDistance64
-    sklearn.metrics._dist_metrics.ManhattanDistance64
-    sklearn.metrics._dist_metrics.MinkowskiDistance64
-    sklearn.multiclass._ConstantPredictor
-    sklearn.neighbors._ball_tree.BallTree
-    sklearn.neighbors._kd_tree.KDTree
-    sklearn.neural_network._stochastic_optimizers.AdamOptimizer
-    sklearn.neural_network._stochastic_optimizers.SGDOptimizer
-    sklearn.tree._tree.Tree
-    sklearn.utils._bunch.Bunch
-    """.split()  # noqa: SIM905
-)
 
 
 @serving.offer
@@ -162,21 +88,23 @@ class Model:
                     hint = "this model takes texts: every row is a string"
                     raise serving.Problem("wrong_type", f"inputs[{i}] is not a string", field=f"inputs[{i}]", hint=hint)
             return inputs
-        records = self.table.records(inputs)
-        if not self._frame and not any(c.text or c.categories is not None for c in self.table.columns):
-            return self._numpy.array(records, dtype=float)
-        columns = list(zip(*records, strict=True))
-        series = {
-            i: self._series(values, c) for i, (values, c) in enumerate(zip(columns, self.table.columns, strict=True))
-        }
+        table = self.table
+        if not any(c.text or c.unused or c.categories is not None for c in table.columns):
+            matrix = table.matrix(inputs)
+            if not self._frame:
+                return matrix
+            # columns side by side in memory, as in the frames that people train with: sums come out the same
+            return self._pandas.DataFrame(self._numpy.asfortranarray(matrix), columns=list(table.names))
+        columns = table.values(inputs)
+        series = {i: self._series(v, c) for i, (v, c) in enumerate(zip(columns, table.columns, strict=True))}
         frame = self._pandas.DataFrame(series)
         if not self._frame:
             return frame.to_numpy(dtype=object)
-        frame.columns = list(self.table.names)
+        frame.columns = list(table.names)
         return frame
 
-    def _series(self, values: tuple[Any, ...], column: serving.Column) -> Any:
-        if column.text or any(isinstance(c, str) for c in column.categories or ()):
+    def _series(self, values: Sequence[Any], column: serving.Column) -> Any:
+        if column.text or column.unused or any(isinstance(c, str) for c in column.categories or ()):
             return self._pandas.Series([math.nan if v is None else v for v in values], dtype=object)
         return self._numpy.array(values, dtype=float)
 
@@ -193,19 +121,31 @@ class Model:
         return serving.Problem("prediction_refused", f"the model refuses these rows: {said}", field="inputs", hint=hint)
 
 
+def trusted() -> frozenset[str]:
+    """The types that a file may hold: exactly those that an upload is accepted with (registry/formats/skops_types.py),
+    so that nothing that was accepted fails here for want of trust.
+
+    Trees hold indices that scikit-learn follows unchecked: a crafted file may crash this process, which serves that
+    file alone. Nothing on the list calls what the file names: no partial, no bound methods, no code of others.
+    """
+    listed: list[str] = json.loads(Path(__file__).with_name("trusted.json").read_text("utf-8"))
+    return frozenset(listed)
+
+
 def _load(folder: serving.ModelFolder) -> Any:
     import skops.io
 
     path = folder.path()
+    known = trusted()
     hint = "save it with skops.io.dump; pack other classes with their code as a project"
     try:
-        unknown = set(skops.io.get_untrusted_types(file=path)) - TRUSTED
+        unknown = set(skops.io.get_untrusted_types(file=path)) - known
         if unknown:
             message = f"{path.name} holds types that are not served: {', '.join(sorted(unknown))[:500]}"
             raise serving.StartError("model_load_failed", message, hint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return skops.io.load(path, trusted=sorted(TRUSTED))
+            return skops.io.load(path, trusted=sorted(known))
     except serving.StartError:
         raise
     except Exception as error:  # a damaged zip, array or schema fails in many ways
@@ -224,12 +164,15 @@ def _table(estimator: Any, width: int, names: Any, sample: Any) -> serving.Table
     """Columns as the encoders at the pipeline's start know them, else as the sample shows them, else numbers."""
     known = _encoded(estimator, width, names)
     shown = _shown_as_text(sample, width, names)
+    dropped = _dropped(estimator, width, names)
     columns = []
     for i in range(width):
         name = str(names[i]) if names is not None else f"x{i}"
         categories, closed = known.get(i, (None, False))
         text = i in shown or any(isinstance(c, str) for c in categories or ())
-        if categories and closed:
+        if i in dropped:
+            columns.append(serving.Column(name, unused=True))
+        elif categories and closed:
             columns.append(serving.Column(name, categories=tuple(categories)))
         elif text:
             example = next((c for c in categories or () if isinstance(c, str)), "")
@@ -239,8 +182,62 @@ def _table(estimator: Any, width: int, names: Any, sample: Any) -> serving.Table
     return serving.Table(tuple(columns), named=names is not None)
 
 
+def _innermost(estimator: Any) -> Any:
+    """The pipeline or estimator that sees the rows as they come, out of searches, calibration and the like."""
+    for _ in range(10):
+        calibrated = getattr(estimator, "calibrated_classifiers_", None)
+        if calibrated:
+            estimator = calibrated[0].estimator
+        elif hasattr(estimator, "best_estimator_"):
+            estimator = estimator.best_estimator_
+        elif hasattr(estimator, "regressor_"):
+            estimator = estimator.regressor_
+        elif not hasattr(estimator, "steps") and hasattr(getattr(estimator, "estimator_", None), "steps"):
+            estimator = estimator.estimator_
+        else:
+            break
+    return estimator
+
+
+def _positions(columns: Any, width: int, places: dict[str, int]) -> list[int] | None:
+    """Where a transformer's columns are, given by name or number; None for slices and masks."""
+    if isinstance(columns, str):
+        return [places[columns]] if columns in places else None
+    try:
+        listed = list(columns)
+    except TypeError:
+        return None
+    found = []
+    for column in listed:
+        place: Any = places.get(column) if isinstance(column, str) else column
+        if type(place).__name__.startswith("bool") or not hasattr(place, "__index__") or not -width <= place < width:
+            return None
+        found.append(int(place) % width)
+    return found
+
+
+def _dropped(estimator: Any, width: int, names: Any) -> set[int]:
+    """Columns that no transformer of the first step takes."""
+    estimator = _innermost(estimator)
+    steps = getattr(estimator, "steps", None)
+    transformers = getattr(steps[0][1] if steps else estimator, "transformers_", None)
+    if transformers is None:
+        return set()
+    places = {str(n): i for i, n in enumerate(names)} if names is not None else {}
+    used: set[int] = set()
+    for _, transformer, columns in transformers:
+        if isinstance(transformer, str) and transformer == "drop":
+            continue
+        at = _positions(columns, width, places)
+        if at is None:
+            return set()
+        used.update(at)
+    return set(range(width)) - used
+
+
 def _encoded(estimator: Any, width: int, names: Any) -> dict[int, tuple[list[Any], bool]]:
     """Column → (categories of the encoder that sees it first, whether other values are refused)."""
+    estimator = _innermost(estimator)
     steps = getattr(estimator, "steps", None)
     first = steps[0][1] if steps else estimator
     if steps and not hasattr(first, "transformers_") and hasattr(first, "categories_"):
@@ -248,10 +245,9 @@ def _encoded(estimator: Any, width: int, names: Any) -> dict[int, tuple[list[Any
     found: dict[int, tuple[list[Any], bool]] = {}
     places = {str(n): i for i, n in enumerate(names)} if names is not None else {}
     for _, transformer, columns in getattr(first, "transformers_", ()):
-        try:
-            at = [places[c] if isinstance(c, str) else int(c) for c in columns]
-        except (KeyError, TypeError, ValueError):
-            continue  # a slice or a mask: the sample or the model itself will tell
+        at = _positions(columns, width, places)
+        if at is None:
+            continue  # the sample or the model itself will tell
         inner = [s for _, s in transformer.steps] if hasattr(transformer, "steps") else [transformer]
         encoder = next((s for s in inner if hasattr(s, "categories_")), None)
         if encoder is not None and len(encoder.categories_) == len(at):

@@ -102,6 +102,11 @@ _ALLOWED: dict[str, frozenset[str]] = {
 }
 
 
+def accepted() -> list[str]:
+    """Every type that is accepted, sorted: the same list as bentos/sklearn/trusted.json, by which files are loaded."""
+    return sorted(frozenset[str]().union(*_ALLOWED.values()))
+
+
 @dataclass(frozen=True)
 class _Node:
     """A node whose type was accepted, with as much of its content as the signature may need."""
@@ -378,3 +383,7 @@ def npy_values(data: bytes) -> list[Scalar] | None:
             return None
         return [struct.unpack((">" if order == "big" else "<") + letter, item)[0] for item in items]
     return [int.from_bytes(item, "big" if order == "big" else "little", signed=kind == b"i") for item in items]
+
+
+if __name__ == "__main__":  # python -m registry.formats.skops > bentos/sklearn/trusted.json
+    print(json.dumps(accepted(), indent=0))

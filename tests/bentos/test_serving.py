@@ -96,6 +96,38 @@ def test_whatever_comes_in_is_a_matrix_or_a_problem_with_a_field(inputs: list[An
         assert (refused.field or "").startswith("inputs[")
 
 
+MIXED = Table(
+    (Column("age"), Column("plan", categories=("a", "b", 3)), Column("word", text=True), Column("x", unused=True))
+)
+cells = st.sampled_from([None, 1, 2.5, -0.0, True, math.nan, math.inf, 10**400, "a", "b", 3, "1", [], {}, [1]])
+
+
+def _told(read: Any) -> str | tuple[str, str | None]:
+    """What a reader of rows gives, or the code and field of its problem."""
+    try:
+        return str(read())
+    except Problem as problem:
+        return problem.code, problem.field
+
+
+@given(st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=6), st.integers(0, 3), st.booleans())
+def test_a_batch_is_taken_or_refused_as_its_rows_are(rows: list[tuple[Any, ...]], good: int, named: bool) -> None:
+    batch: list[Any] = [[1, "a", 2]] * good + [list(row) for row in rows]
+    if named:
+        batch = [dict(zip(TABLE.names, row, strict=True)) for row in batch]
+    singly = [_told(lambda row=row: TABLE.matrix([row]).tolist()[0]) for row in batch]
+    refused = {(p[0], (p[1] or "").replace("[0]", f"[{i}]", 1)) for i, p in enumerate(singly) if isinstance(p, tuple)}
+    whole = _told(lambda: TABLE.matrix(batch).tolist())
+    assert whole in refused if refused else whole == str([*singly]).replace("'", "")
+
+
+@given(st.lists(st.tuples(cells, cells, cells, cells), min_size=1, max_size=5))
+def test_columns_are_the_checked_rows_on_their_side(rows: list[tuple[Any, ...]]) -> None:
+    batch = [list(row) for row in rows]
+    columns = _told(lambda: [tuple(column) for column in MIXED.values(batch)])
+    assert columns == _told(lambda: list(zip(*MIXED.records(batch), strict=True)))
+
+
 def test_a_model_folder_is_verified_file_by_file(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", kind="k", format=None, files={"a/b.txt": b"1", "c": b"2"}, sample={"x": 1})
     folder.verify(folder.digest)

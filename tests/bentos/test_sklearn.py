@@ -99,6 +99,17 @@ def test_a_column_transformer_gets_a_frame_with_its_names(tmp_path: Path, encode
         assert raised.value.field == "inputs[0].word"
 
 
+@pytest.mark.parametrize("columns", [[0, 1], [True, True, False], slice(0, 2), [-3, -2]], ids=str)
+def test_columns_taken_by_number_mask_or_slice_are_numbers(tmp_path: Path, columns: Any) -> None:
+    pipeline = make_pipeline(ColumnTransformer([("s", StandardScaler(), columns)]), LinearRegression())
+    model = _model(tmp_path, pipeline.fit(DATA[:, :3], LABELS))
+    rows = [*DATA[:, :2].T, DATA[:, 2]]
+    assert model.outputs(np.array(rows).T.tolist()) == pipeline.predict(DATA[:, :3]).tolist()
+    with pytest.raises(Problem) as raised:
+        model.outputs([["far", 0, 0]])
+    assert raised.value.field == "inputs[0][0]"
+
+
 def test_texts_are_rows_too(tmp_path: Path) -> None:
     texts = ["good dog", "bad cat", "good cat", "bad dog"] * 5
     pipeline = make_pipeline(TfidfVectorizer(), MultinomialNB()).fit(texts, ["+", "-", "+", "-"] * 5)
