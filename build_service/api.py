@@ -341,7 +341,9 @@ def router(service: Service) -> APIRouter:
     def build_logs(build_id: str, follow: bool = False) -> Response:
         def waits() -> bool:
             with database.read() as connection:
-                return state.build(connection, build_id).state == "queued"
+                found = state.build(connection, build_id)
+            # Claimed, but without a stage: its process is only about to start, and to write.
+            return found.state == "queued" or (found.state == "running" and found.stage is None)
 
         queued = waits()
         return _lines(lambda: service.platform.build_log(build_id, follow=follow), waits if follow and queued else None)

@@ -165,7 +165,9 @@ def test_followers_of_logs_do_not_hold_up_the_service(server: Home, model: Model
                 assert client.post("/inference/watched/predict", json={"inputs": rows}).status_code == 200
             build = client.get(version["logs"] + "?follow=true", timeout=240)  # waits for a build that is queued; ends
         assert build.status_code == 200
-        assert server.get(f"/builds/{version['build']}")["state"] == "succeeded"
+        # its process has ended; the control loop sees that in a moment
+        until(lambda: server.get(f"/builds/{version['build']}")["state"] == "succeeded")
+        assert server.get(f"/builds/{version['build']}")["attempts"] == 1
     finally:
         for connection in connections:
             connection.close()
