@@ -23,7 +23,7 @@ def document(root: Path) -> str:
     return (
         "# Errors\n\n"
         "Every error is `application/problem+json` (RFC 9457) with a stable `code`, the offending `field` where there\n"
-        "is one, and a `hint` that says what to do. A failed build, rollout or start of a model carries the same codes\n"
+        "is one, and a `hint` that says what to do. A failed build, rollout or start of a model has the same codes\n"
         "in `code`, `reason` and `hint` of the version and the deployment. This page is made from the source by\n"
         "`make openapi`.\n\n"
         "| code | what it says | raised in |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
