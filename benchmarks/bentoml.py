@@ -13,10 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.figures import ROOT
-from benchmarks.parts import buildah_environment, needs, run
+from benchmarks.parts import Failed, buildah_environment, needs, run
 
-_COPIED = ("service.py", "kind.toml", "requirements.txt")
+_IMAGE = ", image=serving.image(__file__)"
 
 
 @dataclass(frozen=True)
@@ -26,26 +25,12 @@ class Pod:
     folder: Path
     host: str
     base: str
+    kinds: Path
 
     def build(self, model: Path, ref: str) -> tuple[float, dict[str, float]]:
         """Build, containerize and push a LightGBM model; (seconds in all, seconds of each step)."""
         needs("buildah")
-        project = self.folder / "project"
-        shutil.rmtree(project, ignore_errors=True)
-        project.mkdir(parents=True)
-        for name in _COPIED:
-            shutil.copyfile(ROOT / "bentos" / "lightgbm" / name, project / name)
-        shutil.copytree(model, project / "model")
-        (project / "bentofile.yaml").write_text(
-            json.dumps(  # JSON is YAML
-                {
-                    "service": "service:LightGBM",
-                    "name": "churn",
-                    "include": [*_COPIED, "model/**"],
-                    "docker": {"base_image": self.base},
-                }
-            )
-        )
+        project = self._project(model)
         env = buildah_environment(self.folder / "storage", self.host)
         env["BENTOML_HOME"] = str(self.folder / "bentoml")
         bentoml = Path(sys.executable).with_name("bentoml")
@@ -57,6 +42,30 @@ class Pod:
         _, pushing = run(["buildah", "push", "--quiet", ref], env=env)
         steps = {"bentoml build": building, "bentoml containerize": containerizing, "buildah push": pushing}
         return sum(steps.values()), steps
+
+    def _project(self, model: Path) -> Path:
+        """A BentoML project as its documentation has it: bentofile.yaml with requirements, package and base image."""
+        project = self.folder / "project"
+        shutil.rmtree(project, ignore_errors=True)
+        project.mkdir(parents=True)
+        kind = self.kinds / "lightgbm"
+        code = (kind / "service.py").read_text()
+        if code.count(_IMAGE) != 1:
+            raise Failed("the LightGBM kind's service has no image of its own that could be taken out")
+        (project / "service.py").write_text(code.replace(_IMAGE, ""))
+        shutil.copyfile(kind / "requirements.txt", project / "requirements.txt")
+        shutil.copytree(self.kinds / "serving", project / "bentos" / "serving")
+        shutil.copyfile(self.kinds / "__init__.py", project / "bentos" / "__init__.py")
+        shutil.copytree(model, project / "model")
+        described = {
+            "service": "service:LightGBM",
+            "name": "churn",
+            "include": ["service.py", "bentos/**", "model/**"],
+            "python": {"requirements_txt": "requirements.txt"},
+            "docker": {"base_image": self.base},
+        }
+        (project / "bentofile.yaml").write_text(json.dumps(described))  # JSON is YAML
+        return project
 
 
 def _trust() -> list[str]:

@@ -36,6 +36,7 @@ def build(
     model: Path,
     cache: Path,
     base: Path,
+    kinds: Path,
     *,
     kind: str = "lightgbm",
     push: str | None = None,
@@ -51,8 +52,8 @@ def build(
         "work": str(folder / "work"),
         "result": str(folder / "result.json"),
         "model": {"dir": str(model)},
-        "kind": {"name": kind, "dir": str(ROOT / "bentos" / kind)},
-        "serving": str(ROOT / "bentos" / "serving"),
+        "kind": {"name": kind, "dir": str(kinds / kind)},
+        "serving": str(kinds / "serving"),
         "cache": {"environments": str(cache / "environments"), "bentos": str(cache / "bentos")},
         "image": {
             "base": str(base),

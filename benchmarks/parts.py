@@ -285,6 +285,13 @@ class Bench:
         assert isinstance(found, Path)
         return found
 
+    @cached_property
+    def kinds(self) -> Path:
+        """A copy of the folder of kinds as it was when the run began: the same code in every round."""
+        folder = self.scratch / "bentos"
+        shutil.copytree(ROOT / "bentos", folder, ignore=shutil.ignore_patterns("__pycache__", "model", "build"))
+        return folder
+
     def models(self, count: int) -> list[Path]:
         """Folders of small LightGBM models, equal but for their weights."""
 

@@ -58,7 +58,7 @@ class Answers:
     def __init__(self, versions: list[Version]) -> None:
         import lightgbm
         import numpy
-        import pandas  # type: ignore[import-untyped]
+        import pandas
 
         self.request = versions[0].request
         rows = json.loads(self.request)["inputs"]
