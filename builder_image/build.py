@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tomllib
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from builder_image import bento as bentos
 from builder_image import environment, lock, model
 from builder_image.installer import Tools
 from builder_image.progress import Progress
-from builder_image.spec import BuildResult, BuildSpec, BuiltBento, BuiltEnvironment, BuiltImage
+from builder_image.spec import BuildResult, BuildSpec, BuiltBento, BuiltEnvironment
 from registry import digest
 from registry.errors import InfrastructureError
 
 IDENTITY_FORMAT = 1
 PROJECT = "bento-project"
+PROJECT_KIND = "project"
 
 
 def build(spec: BuildSpec, progress: Progress, tools: Tools) -> BuildResult:
@@ -29,40 +31,75 @@ def build(spec: BuildSpec, progress: Progress, tools: Tools) -> BuildResult:
     _empty(spec.work)
     try:
         with progress.stage("fetch", "verify the model's files"):
-            found = model.read(spec.model.dir)
+            # the pass that makes the model layer checks the files itself; a project's are read before that
+            found = model.read(spec.model.dir, files=spec.image is None or spec.kind.name == PROJECT_KIND)
+            if spec.image is not None and found.manifest.format == PROJECT:
+                found.verify_files()
         with progress.stage("resolve", "resolve the requirements"):
             recipe = _recipe(spec, found, tools)
-        with progress.stage("environment", f"environment of {len(recipe.lock.pins)} packages"):
-            installed = environment.ensure(
-                recipe.lock,
-                python=recipe.python,
-                cache=spec.cache.environments,
-                tools=tools,
-                wheels=recipe.wheels,
-            )
-            progress.say("already there" if installed.reused else "installed")
-        with progress.stage("bento", f"Bento {recipe.tag}"):
-            packed = bentos.ensure(
-                recipe,
-                environment=installed,
-                cache=spec.cache.bentos,
-                work=spec.work,
-                tools=tools,
-            )
-            progress.say("already there" if packed.reused else "made")
-        image = _image(spec, found, recipe, packed, progress, tools)
+        local = _Local(spec, recipe, progress, tools)
+        if spec.image is None:
+            made, image = local.both(), None
+            predict, schema = made.predict, made.schema
+        else:
+            from builder_image import packing  # http, tar and compressors are for images only
+
+            image, facts = packing.pack(spec, spec.image, found, recipe, local.bento, progress, tools)
+            predict, schema = facts.predict, facts.schema
     finally:
         _empty(spec.work)
+    packed, installed = local.packed, local.installed
     return BuildResult(
         identity=identity(found.manifest.digest, recipe, spec),
-        bento=BuiltBento(dir=packed.dir, digest=packed.digest, tag=packed.tag),
-        environment=BuiltEnvironment(dir=installed.dir, python=installed.python, lock_digest=installed.lock_digest),
+        bento=None if packed is None else BuiltBento(dir=packed.dir, digest=packed.digest, tag=packed.tag),
+        environment=None
+        if installed is None
+        else BuiltEnvironment(dir=installed.dir, python=installed.python, lock_digest=installed.lock_digest),
         lock=recipe.lock.text,
-        predict=packed.predict,
-        schema_=dict(packed.schema),
+        predict=predict,
+        schema_=dict(schema),
         image=image,
         stages=progress.stages,
     )
+
+
+@dataclass
+class _Local:
+    """What the local platform serves from: made in full for it, and for an image only as far as that needs it."""
+
+    spec: BuildSpec
+    recipe: bentos.Recipe
+    progress: Progress
+    tools: Tools
+    installed: environment.Environment | None = None
+    packed: bentos.Bento | None = None
+
+    def both(self) -> bentos.Bento:
+        recipe, progress = self.recipe, self.progress
+        with progress.stage("environment", f"environment of {len(recipe.lock.pins)} packages"):
+            self.installed = environment.ensure(
+                recipe.lock,
+                python=recipe.python,
+                cache=self.spec.cache.environments,
+                tools=self.tools,
+                wheels=recipe.wheels,
+            )
+            progress.say("already there" if self.installed.reused else "installed")
+        with progress.stage("bento", f"Bento {recipe.tag}"):
+            self.packed = bentos.ensure(
+                recipe,
+                environment=self.installed,
+                cache=self.spec.cache.bentos,
+                work=self.spec.work,
+                tools=self.tools,
+            )
+            progress.say("already there" if self.packed.reused else "made")
+        return self.packed
+
+    def bento(self) -> bentos.Bento:
+        """The Bento alone: only one that was never made needs an environment, in which its service is imported."""
+        self.packed = bentos.find(self.spec.cache.bentos, self.recipe)
+        return self.both() if self.packed is None else self.packed
 
 
 def identity(version_digest: str, recipe: bentos.Recipe, spec: BuildSpec) -> str:
@@ -85,7 +122,7 @@ def identity(version_digest: str, recipe: bentos.Recipe, spec: BuildSpec) -> str
 
 
 def _recipe(spec: BuildSpec, found: model.Model, tools: Tools) -> bentos.Recipe:
-    if found.manifest.format == PROJECT or spec.kind.name == "project":
+    if found.manifest.format == PROJECT or spec.kind.name == PROJECT_KIND:
         from builder_image import project  # yaml and ast are for projects only
 
         return project.recipe(spec, found, tools)
@@ -138,16 +175,6 @@ def _kind_toml(folder: Path) -> dict[str, Any]:
     if not isinstance(kind.get("service"), str):
         raise InfrastructureError("bad_kind", f"kind.toml of {folder.name} names no service")
     return kind
-
-
-def _image(
-    spec: BuildSpec, found: model.Model, recipe: bentos.Recipe, packed: bentos.Bento, progress: Progress, tools: Tools
-) -> BuiltImage | None:
-    if spec.image is None:
-        return None
-    from builder_image import packing  # http, tar and compressors are for images only
-
-    return packing.pack(spec, spec.image, found, recipe, packed, progress, tools)
 
 
 def _empty(work: Path) -> None:

@@ -48,6 +48,8 @@ class Layer:
     digest: str
     size: int
     open: Opener = field(compare=False, repr=False)
+    facts: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    """What a builder that finds the layer by its key must know of it without reading it; kept in its note."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,10 @@ def known(layer: StreamedLayer, digest: str) -> Layer:
 
 def renamed(layer: Layer, name: Name) -> Layer:
     return replace(layer, name=name)
+
+
+def noted(layer: Layer, facts: Mapping[str, Any] | None) -> Layer:
+    return replace(layer, facts=facts)
 
 
 def pieces_of(blob: Path) -> Iterator[bytes]:

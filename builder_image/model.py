@@ -32,14 +32,20 @@ class Model:
         found[MANIFEST] = self.dir / MANIFEST
         return found
 
+    def verify_files(self, *, content: bool = True) -> None:
+        """Hold the user's files against the manifest. Raises as `read`."""
+        for file in self.manifest.files:
+            _verify(self.dir, f"files/{file.path}", file.size, file.sha256 if content else None)
+
     @property
     def requirements(self) -> Path | None:
         attachment = self.manifest.requirements
         return None if attachment is None or attachment.path is None else self.dir / "requirements" / attachment.path
 
 
-def read(folder: Path) -> Model:
-    """Read the manifest and verify every file's size and SHA-256.
+def read(folder: Path, *, files: bool = True) -> Model:
+    """Read the manifest and verify every file's size and SHA-256; with `files` false, the user's files' size only,
+    because whoever reads them next checks them in the same pass.
 
     Raises UserError `bad_manifest`, InfrastructureError `digest_mismatch` or `model_missing`: the store handed over
     something else than what was uploaded, and may do better next time.
@@ -50,12 +56,11 @@ def read(folder: Path) -> Model:
         raise InfrastructureError(
             "model_missing", f"there is no {MANIFEST} in the model folder {folder.name}", hint="upload the model again"
         ) from error
-    for path, size, sha256 in [
-        *((f"files/{file.path}", file.size, file.sha256) for file in manifest.files),
-        *_attachments(manifest),
-    ]:
+    for path, size, sha256 in _attachments(manifest):
         _verify(folder, path, size, sha256)
-    return Model(folder, manifest)
+    found = Model(folder, manifest)
+    found.verify_files(content=files)
+    return found
 
 
 def _attachments(manifest: Manifest) -> list[tuple[str, int, str]]:
@@ -69,7 +74,7 @@ def _attachments(manifest: Manifest) -> list[tuple[str, int, str]]:
     return found
 
 
-def _verify(folder: Path, path: str, size: int, sha256: str) -> None:
+def _verify(folder: Path, path: str, size: int, sha256: str | None) -> None:
     try:
         # a link would let a folder of the user's own making name any file of the machine
         descriptor = os.open(folder / path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -79,7 +84,7 @@ def _verify(folder: Path, path: str, size: int, sha256: str) -> None:
         found = os.fstat(descriptor).st_size
         if found != size:
             raise _mismatch(path, f"has {found} bytes, the manifest says {size}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+        if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise _mismatch(path, "has another SHA-256 than the manifest says")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,13 +54,14 @@ def pack(
     order: ImageOrder,
     found: model.Model,
     recipe: bentos.Recipe,
-    packed: bentos.Bento,
+    bento: Callable[[], bentos.Bento],
     progress: Progress,
     tools: Tools,
-) -> BuiltImage:
-    """Assemble the image of a build and deliver it.
+) -> tuple[BuiltImage, staging.Facts]:
+    """Assemble the image of a build and deliver it; gives what is known of its Bento too.
 
-    Of a weights-only build this reads the weights once: the other layers are found by their key.
+    Of a weights-only build this reads the weights once: the other layers are found by their key, here or in the
+    registry, and `bento` is not called. A version whose model layer the registry has is not read at all.
     """
     described = bases.load(order.base)
     platform = described.on(order.platform)
@@ -79,15 +80,24 @@ def pack(
                 wheels=recipe.wheels,
             )  # fmt: skip
             progress.say("already there" if had_deps else "installed")
+        had_code = staging.find_code(recipe, spec.serving, platform, kept=kept, compression=order.compression)
+        packed = bento() if had_code is None else None
         with progress.stage("code", f"code layer of {recipe.tag}"):
-            code, had_code = staging.code(
-                recipe, packed, spec.serving, _data(recipe, found), platform, kept=kept, work=spec.work, tools=tools,
-                compression=order.compression,
-            )  # fmt: skip
+            if had_code is not None:
+                code, facts = had_code
+                progress.say("already there")
+            if packed is not None:
+                code, facts = staging.code(
+                    recipe, packed, spec.serving, _data(recipe, found), platform, kept=kept, work=spec.work,
+                    tools=tools, compression=order.compression,
+                )  # fmt: skip
+                progress.say("made")
         manifest = found.manifest
-        weights = layers.model(found.dir, manifest.to_json(), manifest.to_bytes())
+        streamed = layers.model(found.dir, manifest.to_json(), manifest.to_bytes())
+        known = kept.digest_of_model(manifest.digest, streamed.size)
+        weights: AnyLayer = streamed if known is None else layers.known(streamed, known)
         run = Run(
-            env={**dict(packed.envs), **environment_of_image(platform)},
+            env={**dict(facts.envs), **environment_of_image(platform)},
             entrypoint=(f"/{staging.VENV}/bin/python", "-m", "bentos.serving"),
             labels={"io.ekiben.bento": recipe.tag, "io.ekiben.model": manifest.digest},
         )
@@ -96,9 +106,12 @@ def pack(
             staging.dependencies_key(recipe.lock, platform, order.compression): deps,
             staging.code_key(recipe, spec.serving, platform, order.compression): code,
         }
-        reused = {"base": True, "deps": had_deps, "code": had_code, "model": False}
+        reused = {"base": True, "deps": had_deps, "code": had_code is not None, "model": False}
         name = order.push.ref if order.push is not None else f"localhost/ekiben:{manifest.digest[7:19]}"
-        return deliver(image, order.output, target, name, keys, reused, progress)
+        built = deliver(image, order.output, target, name, keys, reused, progress)
+        if known is None:
+            kept.keep_digest_of_model(manifest.digest, next(one for one in built.layers if one.name == "model"))
+        return built, facts
 
 
 def environment_of_image(base: bases.BasePlatform) -> dict[str, str]:
@@ -150,8 +163,7 @@ def deliver(
             image = report.image
             sent = {layer.digest: not layer.reused for layer in report.layers}
             for key, layer in keys.items():
-                if sent.get(layer.digest):
-                    remote.remember_layer(registry, ref.repository, key, layer)
+                remote.remember_layer(registry, ref.repository, key, layer)
     listed: Sequence[AnyLayer] = image.known_layers()
     return BuiltImage(
         ref=None if target is None else str(target[1]),

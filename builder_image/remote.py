@@ -765,39 +765,57 @@ def _described(registry: Registry, ref: Reference) -> tuple[Any, _image.Document
 def remember_layer(registry: Registry, repo: str, key: str, layer: Layer) -> None:
     """Note in the registry that `key` (what a layer is made from) gave this layer, for builders without a local cache.
 
-    The note is a manifest of its own under a tag, so that no garbage collection takes the layer. The layer must be
-    there.
+    The note is a manifest of its own under a tag, so that no garbage collection takes the layer; its config holds the
+    layer's facts (image-format §4.5). The layer must be there. A note that says the same is left alone.
     """
-    config = canonical_json({"schema": "ekiben.layer.v1", "key": key, "name": layer.name, "diff_id": layer.diff_id})
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": _image.MANIFEST,
-        "config": {"mediaType": _LAYER_NOTE, "digest": registry.push_blob(repo, config), "size": len(config)},
-        "layers": [{"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size}],
-    }
-    registry.push_manifest(repo, _layer_tag(key), canonical_json(manifest), _image.MANIFEST)
+    note: dict[str, Any] = {"schema": _NOTE_SCHEMA, "key": key, "name": layer.name, "diff_id": layer.diff_id}
+    if layer.facts is not None:
+        note["facts"] = dict(layer.facts)
+    config = canonical_json(note)
+    if len(config) > _LONGEST_MANIFEST:
+        return  # a schema of megabytes is learnt anew by whoever needs it
+    manifest = canonical_json(
+        {
+            "schemaVersion": 2,
+            "mediaType": _image.MANIFEST,
+            "config": {"mediaType": _LAYER_NOTE, "digest": _digest.of_bytes(config), "size": len(config)},
+            "layers": [{"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size}],
+        }
+    )
+    if registry.head_manifest(repo, _layer_tag(key)) != _digest.of_bytes(manifest):
+        registry.push_blob(repo, config)
+        registry.push_manifest(repo, _layer_tag(key), manifest, _image.MANIFEST)
 
 
 def find_layer(registry: Registry, repo: str, key: str) -> Layer | None:
-    """The layer that `remember_layer` noted for `key`, when its bytes are still there; they can be pulled by `open`."""
-    if registry.head_manifest(repo, _layer_tag(key)) is None:
+    """The layer that `remember_layer` noted for `key`, when its bytes are still there; they can be pulled by `open`.
+
+    Anything but a whole note for just this key counts as none.
+    """
+    stored = registry.head_manifest(repo, _layer_tag(key))
+    if stored is None:
         return None
     try:
-        manifest = json.loads(registry.get_manifest(repo, _layer_tag(key))[0])
+        # by its digest, so that what arrives is what was named
+        manifest = json.loads(registry.get_manifest(repo, _image.checked_digest(stored))[0])
         note = json.loads(_all_of(registry.pull_blob(repo, manifest["config"]["digest"]), _LONGEST_MANIFEST))
         (item,) = manifest["layers"]
-        if note["schema"] != "ekiben.layer.v1" or note["key"] != key or note["name"] not in ("deps", "code"):
+        facts = note.get("facts")
+        if manifest["config"]["mediaType"] != _LAYER_NOTE or not isinstance(facts, dict | None):
+            return None
+        if note["schema"] != _NOTE_SCHEMA or note["key"] != key or note["name"] not in ("deps", "code"):
             return None
         digest, size = _image.checked_digest(item["digest"]), int(item["size"])
         diff_id, media_type = _image.checked_digest(note["diff_id"]), str(item["mediaType"])
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         return None
     if not registry.has_blob(repo, digest):
         return None
-    return Layer(note["name"], media_type, diff_id, digest, size, lambda: registry.pull_blob(repo, digest, size))
+    return Layer(note["name"], media_type, diff_id, digest, size, lambda: registry.pull_blob(repo, digest, size), facts)
 
 
 _LAYER_NOTE = "application/vnd.ekiben.layer.v1+json"
+_NOTE_SCHEMA = "ekiben.layer.v1"
 
 
 def _layer_tag(key: str) -> str:

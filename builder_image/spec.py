@@ -107,12 +107,16 @@ class Stage(_Frozen):
 
 
 class BuildResult(BaseModel):
-    """What result.json holds after a build that succeeded. `schema` is the service's, as BentoML describes it."""
+    """What result.json holds after a build that succeeded. `schema` is the service's, as BentoML describes it.
+
+    `bento` and `environment` are always there after a build without `image`; one with `image` makes them only where
+    no code layer of that Bento was found, and names what it has.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     identity: str
-    bento: BuiltBento
+    bento: BuiltBento | None
     environment: BuiltEnvironment | None
     lock: str
     predict: str

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from builder_image import bento as bentos
 from builder_image import environment, layers, tarball
@@ -22,6 +23,7 @@ from builder_image.base import BasePlatform
 from builder_image.installer import Tools
 from builder_image.layers import Compression, Layer
 from builder_image.lock import Lock
+from builder_image.spec import BuiltLayer
 from registry import digest
 from registry.errors import InfrastructureError, UserError
 
@@ -52,14 +54,31 @@ class Kept:
             known = json.loads(record.read_bytes())
             blob = self.folder / "blobs" / known["digest"].removeprefix("sha256:")
             if blob.stat().st_size == known["size"]:
-                return layers.of_file(name, blob, known["media_type"], known["diff_id"], known["digest"], known["size"])
-        except (FileNotFoundError, ValueError, KeyError):
+                layer = layers.of_file(
+                    name, blob, known["media_type"], known["diff_id"], known["digest"], known["size"]
+                )
+                return layers.noted(layer, known.get("facts"))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass
         found = self.recall(key)
         return None if found is None else layers.renamed(found, name)
 
     def keep(self, layer: Layer, key: str) -> None:
-        fields = {name: getattr(layer, name) for name in ("digest", "diff_id", "size", "media_type")}
+        self._record(key, {name: getattr(layer, name) for name in ("digest", "diff_id", "size", "media_type", "facts")})
+
+    def digest_of_model(self, version: str, size: int) -> str | None:
+        """The digest of the model layer of a version (its digest), if it was made on this machine before."""
+        try:
+            known = json.loads((self.folder / f"{_model_key(version)}.json").read_bytes())
+            return str(known["digest"]) if known["size"] == size else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep_digest_of_model(self, version: str, layer: BuiltLayer) -> None:
+        self._record(_model_key(version), {"digest": layer.digest, "size": layer.size})
+
+    def _record(self, key: str, fields: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / f"{key}.json"
         draft = record.with_suffix(f".{os.getpid()}.tmp")
         draft.write_bytes(digest.canonical_json(fields))
@@ -80,6 +99,10 @@ def dependencies_key(lock: Lock, base: BasePlatform, compression: Compression) -
 def code_key(recipe: bentos.Recipe, serving: Path, base: BasePlatform, compression: Compression) -> str:
     wrapper = bentos.content_digest(bentos.packages((), serving))
     return _key("code", recipe.tag, recipe.lock.digest, wrapper, layers.compressor(compression), compiler(base))
+
+
+def _model_key(version: str) -> str:
+    return _key("model", version)
 
 
 def _key(*parts: str) -> str:
@@ -216,6 +239,36 @@ def _uv_platform(base: BasePlatform) -> str:
     return f"{base.arch}-manylinux_2_{known[-1]}"
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a build must know of a Bento when its code layer is all it has: kept with that layer."""
+
+    predict: str
+    schema: Mapping[str, Any]
+    envs: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, packed: bentos.Bento) -> Facts:
+        return cls(packed.predict, packed.schema, packed.envs)
+
+    @classmethod
+    def parse(cls, value: object) -> Facts | None:
+        """What a note holds, or None where it is anything else."""
+        if not isinstance(value, dict):
+            return None
+        predict, schema, envs = (value.get(name) for name in ("predict", "schema", "envs"))
+        if not isinstance(predict, str) or not predict.startswith("/") or not isinstance(schema, dict):
+            return None
+        if not isinstance(envs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in envs
+        ):
+            return None
+        return cls(predict, schema, tuple((name, text) for name, text in envs))
+
+    def plain(self) -> dict[str, Any]:
+        return {"predict": self.predict, "schema": dict(self.schema), "envs": [list(pair) for pair in self.envs]}
+
+
 def code(
     recipe: bentos.Recipe,
     packed: bentos.Bento,
@@ -227,15 +280,13 @@ def code(
     work: Path,
     tools: Tools,
     compression: Compression,
-) -> tuple[Layer, bool]:
-    """(the code layer, whether it was there already): the Bento, and the wrapper that serves it.
+) -> tuple[Layer, Facts]:
+    """The code layer, and what is to be known of it: the Bento, and the wrapper that serves it.
 
     `data` maps a path in the Bento's src/ to a path in the model layer that has the same content: large files stay in
     the model layer alone, and the Bento links to them.
     """
     key = code_key(recipe, serving, base, compression)
-    if (found := kept.find("code", key)) is not None:
-        return found, True
     stage = work / "code"
     shutil.rmtree(stage, ignore_errors=True)
     links = {}
@@ -251,10 +302,20 @@ def code(
     entries = tarball.entries_of_folder(stage, "")
     for path, target in links.items():
         entries += [*tarball.folders_above(path), tarball.symlink(path, f"/{target}")]
-    layer = layers.make("code", tarball.ordered(entries), kept.blobs, compression)
+    facts = Facts.of(packed)
+    layer = layers.noted(layers.make("code", tarball.ordered(entries), kept.blobs, compression), facts.plain())
     kept.keep(layer, key)
     shutil.rmtree(stage, ignore_errors=True)
-    return layer, False
+    return layer, facts
+
+
+def find_code(
+    recipe: bentos.Recipe, serving: Path, base: BasePlatform, *, kept: Kept, compression: Compression
+) -> tuple[Layer, Facts] | None:
+    """The code layer that was made for these, with its facts; None where either is missing."""
+    found = kept.find("code", code_key(recipe, serving, base, compression))
+    facts = None if found is None else Facts.parse(found.facts)
+    return None if found is None or facts is None else (found, facts)
 
 
 def _is_data(place: Path) -> bool:

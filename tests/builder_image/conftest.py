@@ -266,3 +266,23 @@ def make_version() -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def python_base(tmp_path: Path) -> Path:
+    """The description of an imported base that looks like Debian with Python 3.11, to be read, not to be run."""
+    from builder_image import base
+
+    contents = {
+        "usr/lib/x86_64-linux-gnu/libc.so.6": b"\0GNU C Library (Debian GLIBC 2.36-9) stable release version 2.36.\n\0",
+        "usr/local/bin/python3.11": b"\x7fELF\0" + b"3.11.9\0",
+        "usr/local/lib/python3.11/lib-dynload/_ssl.cpython-311-x86_64-linux-gnu.so": b"",
+    }
+    entries = [tarball.symlink("usr/local/bin/python3", "/usr/local/bin/python3.11")]
+    for path, data in contents.items():
+        entries += _placed(path, data)
+    layer = layers.make("base", entries, tmp_path / "python-base-blobs", "gzip")
+    config = {"os": "linux", "architecture": "amd64", "config": {"Env": ["PATH=/usr/local/bin:/usr/bin"]}}
+    layout.write_layout(image.Image((layer,), config), tmp_path / "python-base-layout")
+    base.import_base(str(tmp_path / "python-base-layout"), None, tmp_path / "bases", name="python")
+    return tmp_path / "bases" / "python.toml"

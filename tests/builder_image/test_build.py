@@ -139,6 +139,66 @@ def test_unknown_fields_of_a_spec_are_refused(tmp_path: Path, kind: Path, make_v
         BuildSpec.model_validate_json(spec(tmp_path, model, kind, extra=1).read_text())
 
 
+def push(base: Path, ref: str) -> dict[str, Any]:
+    return {"base": str(base), "platform": "linux/amd64", "push": {"ref": ref}, "output": None, "compression": "none"}
+
+
+@pytest.mark.slow
+@pytest.mark.needs_registry
+def test_a_fresh_machine_makes_an_image_of_new_weights_without_installing_or_importing(
+    tmp_path: Path, kind: Path, make_version: Callable[..., Path], python_base: Path, registry_server: Any
+) -> None:
+    """The registry has the deps and code layers of an earlier build, and what is to be known of the Bento."""
+    order = push(python_base, f"{registry_server.host}/ekiben:tiny-1")
+    first = make_version(tmp_path / "m1", {"w.txt": "1"}, kind="tiny", format="plain")
+    code, lines, result = run(spec(tmp_path, first, kind, image=order))
+    assert code == 0
+    assert result["bento"] is not None
+    second = make_version(tmp_path / "m2", {"w.txt": "2"}, kind="tiny", format="plain")
+    empty = {"environments": str(tmp_path / "fresh" / "e"), "bentos": str(tmp_path / "fresh" / "b")}
+    order = push(python_base, f"{registry_server.host}/ekiben:tiny-2")
+    offline = {"UV_OFFLINE": "1", "UV_CACHE_DIR": str(tmp_path / "no-packages")}
+    code, lines, fresh = run(spec(tmp_path, second, kind, image=order, cache=empty), **offline)
+    assert (code, fresh.get("error")) == (0, None)
+    assert [stage["stage"] for stage in fresh["stages"]] == ["fetch", "resolve", "deps", "code", "push"]
+    assert (fresh["bento"], fresh["environment"]) == (None, None)
+    assert (fresh["predict"], fresh["schema"]) == (result["predict"], result["schema"])
+    assert {layer["name"]: layer["reused"] for layer in fresh["image"]["layers"]} == {
+        "base": True, "deps": True, "code": True, "model": False,
+    }  # fmt: skip
+    order = {**push(python_base, ""), "push": None, "output": str(tmp_path / "local.tar")}
+    code, _, local = run(spec(tmp_path, second, kind, image=order))
+    assert local["image"]["digest"] == fresh["image"]["digest"], "the same image, whoever made its layers"
+
+
+@pytest.mark.slow
+@pytest.mark.needs_registry
+def test_a_version_whose_image_was_pushed_is_not_read_again(
+    tmp_path: Path, kind: Path, make_version: Callable[..., Path], python_base: Path, registry_server: Any
+) -> None:
+    model = make_version(tmp_path / "m", {"w.txt": "1" * 3_000_000}, kind="tiny", format="plain")
+    _, _, first = run(spec(tmp_path, model, kind, image=push(python_base, f"{registry_server.host}/ekiben:a")))
+    uploads = len(registry_server.requests("PATCH"))
+    code, _, again = run(spec(tmp_path, model, kind, image=push(python_base, f"{registry_server.host}/ekiben:b")))
+    assert code == 0
+    assert all(layer["reused"] for layer in again["image"]["layers"])
+    assert len(registry_server.requests("PATCH")) == uploads
+    assert again["image"]["digest"] == first["image"]["digest"]
+
+
+@pytest.mark.slow
+def test_weights_that_were_damaged_after_the_upload_never_become_an_image(
+    tmp_path: Path, kind: Path, make_version: Callable[..., Path], python_base: Path
+) -> None:
+    model = make_version(tmp_path / "m", {"w.txt": "1"}, kind="tiny", format="plain")
+    (model / "files" / "w.txt").write_text("2")
+    order = {**push(python_base, ""), "push": None, "output": str(tmp_path / "image.tar")}
+    code, _, result = run(spec(tmp_path, model, kind, image=order))
+    assert (code, result["error"]["code"]) == (3, "digest_mismatch")
+    assert "files/w.txt" in result["error"]["message"]
+    assert not (tmp_path / "image.tar").exists()
+
+
 HANGS = "import pathlib, time\npathlib.Path({place!r}).write_text('x')\ntime.sleep(600)\n"
 
 

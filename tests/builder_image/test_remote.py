@@ -32,7 +32,7 @@ from builder_image import layers, layout, remote
 from builder_image.image import Platform
 from builder_image.remote import Credentials, Reference, Registry
 from builder_image.validate import validate
-from registry.digest import of_bytes
+from registry.digest import canonical_json, of_bytes
 from registry.errors import EkibenError, InfrastructureError, UserError
 
 needs_registry = pytest.mark.needs_registry
@@ -217,6 +217,32 @@ def test_a_layer_is_found_again_by_what_it_was_made_from(registry_server: Any, m
         registry.delete_manifest("ekiben", registry.head_manifest("ekiben", "churn-1") or "")
         assert registry.head_manifest("ekiben", "churn-1") is None
         assert remote.find_layer(registry, "ekiben", "the key") == deps
+
+
+@needs_registry
+def test_a_note_carries_what_is_to_be_known_of_a_layer_and_only_a_whole_one_counts(
+    registry_server: Any, make_image: Any, tmp_path: Path
+) -> None:
+    built = layout.write_layout(make_image(), tmp_path / "out")
+    deps = built.known_layers()[1]
+    facts = {"predict": "/predict", "schema": {"name": "é"}, "envs": [["A", "1"]]}
+    with Registry(registry_server.host) as registry:
+        remote.push_image(registry, built, _ref(registry_server.host))
+        remote.remember_layer(registry, "ekiben", "key", deps)
+        found = remote.find_layer(registry, "ekiben", "key")
+        assert found is not None
+        assert found.facts is None
+        remote.remember_layer(registry, "ekiben", "key", layers.noted(deps, facts))
+        found = remote.find_layer(registry, "ekiben", "key")
+        assert found is not None
+        assert found.facts == facts
+        tag = remote._layer_tag("key")
+        data, media_type = registry.get_manifest("ekiben", tag)
+        other = canonical_json({**json.loads(data), "config": {**json.loads(data)["config"], "mediaType": "x/y"}})
+        registry.push_manifest("ekiben", tag, other, media_type)
+        assert remote.find_layer(registry, "ekiben", "key") is None, "an image under a note's tag is no note"
+        registry.push_manifest("ekiben", remote._layer_tag("other key"), data, media_type)
+        assert remote.find_layer(registry, "ekiben", "other key") is None, "a note counts for its own key alone"
 
 
 @needs_registry
