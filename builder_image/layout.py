@@ -19,6 +19,7 @@ from typing import IO, Any
 from builder_image import image as _image
 from builder_image import layers as _layers
 from builder_image import tarball
+from builder_image.hashing import Sha256
 from builder_image.image import Image, Platform
 from builder_image.layers import AnyLayer, Layer, StreamedLayer
 from registry.digest import canonical_json
@@ -264,14 +265,17 @@ def _write_layer(layer: AnyLayer, blobs: Path, progress: Progress | None) -> Lay
 
 def _copy(layer: AnyLayer, write: Callable[[bytes], object], progress: Progress | None) -> Layer:
     """One pass: read, hash, write; then hold digest and size against what the layer says."""
-    total, size = hashlib.sha256(), 0
-    for piece in layer.open():
-        total.update(piece)
-        size += len(piece)
-        write(piece)
-        if progress is not None:
-            progress(layer, len(piece))
-    digest = f"sha256:{total.hexdigest()}"
+    total, size = Sha256(layer.size), 0
+    try:
+        for piece in layer.open():
+            total.update(piece)
+            size += len(piece)
+            write(piece)
+            if progress is not None:
+                progress(layer, len(piece))
+        digest = f"sha256:{total.hexdigest()}"
+    finally:
+        total.close()
     if size != layer.size or (isinstance(layer, Layer) and digest != layer.digest):
         raise InfrastructureError(
             "digest_mismatch",

@@ -29,6 +29,7 @@ import httpx
 
 from builder_image import image as _image
 from builder_image import layers as _layers
+from builder_image.hashing import Sha256
 from builder_image.image import Image, Platform
 from builder_image.layers import AnyLayer, Layer, StreamedLayer
 from registry import digest as _digest
@@ -246,6 +247,12 @@ class Registry:
         says, RegistryRefused, RegistryFailed, and what reading the bytes raises; then nothing is left in the registry.
         """
         feed = _Feed(chunks, size, digest, progress)
+        try:
+            return self._push_feed(repo, feed)
+        finally:
+            feed.end()
+
+    def _push_feed(self, repo: str, feed: _Feed) -> str:
         part: int | None = None
         for attempt in range(_ATTEMPTS):
             location, least = self._start_upload(repo)
@@ -266,7 +273,7 @@ class Registry:
                 feed.close()
         raise RegistryFailed(
             "registry_upload_failed",
-            f"{self.host} did not take a blob of {size} bytes in {_ATTEMPTS} attempts",
+            f"{self.host} did not take a blob of {feed.size} bytes in {_ATTEMPTS} attempts",
             hint="look at the registry's log, and at limits of a proxy before it",
         )
 
@@ -850,7 +857,7 @@ class _Feed:
         self._pieces: Iterator[bytes] = iter(())
         self._at = -1  # place of the next byte of _rest; -1: not open
         self._rest = b""
-        self._hash = hashlib.sha256()
+        self._hash = Sha256(size)
         self._hashed = 0
 
     def take(self, start: int, length: int) -> Iterator[bytes]:
@@ -890,6 +897,10 @@ class _Feed:
         if close is not None:
             close()
         self._at, self._rest = -1, b""
+
+    def end(self) -> None:
+        self.close()
+        self._hash.close()
 
     def _see(self, piece: bytes) -> None:
         new = self._at + len(piece) - self._hashed

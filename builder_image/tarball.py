@@ -11,11 +11,11 @@ import os
 import posixpath
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from builder_image.hashing import Sha256
 from registry.errors import InfrastructureError, UserError
 
 CHUNK = 1 << 20
@@ -33,7 +33,6 @@ LINK_MODE = 0o777
 
 _BLOCK = 512
 _LARGEST_USTAR_SIZE = 8**11 - 1  # eleven octal digits
-_WORTH_A_THREAD = 4 * CHUNK
 
 Kind = Literal["file", "dir", "symlink"]
 
@@ -242,7 +241,7 @@ def _ascii(text: str) -> str:
 
 def _content(entry: Entry, source: Path) -> Iterator[bytes]:
     left = entry.size
-    check = _Check() if entry.sha256 is not None else None
+    check = Sha256(entry.size) if entry.sha256 is not None else None
     try:
         with source.open("rb", buffering=0) as content:
             while left:
@@ -251,7 +250,7 @@ def _content(entry: Entry, source: Path) -> Iterator[bytes]:
                     raise _changed(entry, entry.size - left)
                 left -= len(piece)
                 if check is not None:
-                    check.update(piece, aside=entry.size >= _WORTH_A_THREAD)
+                    check.update(piece)
                 yield piece
             if content.read(1):
                 raise _changed(entry, entry.size + 1)
@@ -264,37 +263,6 @@ def _content(entry: Entry, source: Path) -> Iterator[bytes]:
     finally:
         if check is not None:
             check.close()
-
-
-class _Check:
-    """SHA-256 of a file beside the pass that uses its bytes: hashlib lets go of the interpreter for large pieces."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
-
-    def update(self, piece: bytes, *, aside: bool) -> None:
-        if not aside:
-            self._hash.update(piece)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "file-sha256")
-        self._wait()
-        self._pending = self._pool.submit(self._hash.update, piece)
-
-    def hexdigest(self) -> str:
-        self._wait()
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
 
 
 def _check(entry: Entry) -> None:

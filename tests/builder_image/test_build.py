@@ -151,14 +151,14 @@ def test_a_fresh_machine_makes_an_image_of_new_weights_without_installing_or_imp
     """The registry has the deps and code layers of an earlier build, and what is to be known of the Bento."""
     order = push(python_base, f"{registry_server.host}/ekiben:tiny-1")
     first = make_version(tmp_path / "m1", {"w.txt": "1"}, kind="tiny", format="plain")
-    code, lines, result = run(spec(tmp_path, first, kind, image=order))
+    code, _, result = run(spec(tmp_path, first, kind, image=order))
     assert code == 0
     assert result["bento"] is not None
     second = make_version(tmp_path / "m2", {"w.txt": "2"}, kind="tiny", format="plain")
     empty = {"environments": str(tmp_path / "fresh" / "e"), "bentos": str(tmp_path / "fresh" / "b")}
     order = push(python_base, f"{registry_server.host}/ekiben:tiny-2")
     offline = {"UV_OFFLINE": "1", "UV_CACHE_DIR": str(tmp_path / "no-packages")}
-    code, lines, fresh = run(spec(tmp_path, second, kind, image=order, cache=empty), **offline)
+    code, _, fresh = run(spec(tmp_path, second, kind, image=order, cache=empty), **offline)
     assert (code, fresh.get("error")) == (0, None)
     assert [stage["stage"] for stage in fresh["stages"]] == ["fetch", "resolve", "deps", "code", "push"]
     assert (fresh["bento"], fresh["environment"]) == (None, None)
