@@ -18,12 +18,22 @@ if TYPE_CHECKING:
 
 _OUTER_KEY = "ekiben.application"
 
+_PREDICTIONS = "Predictions"
+_ABOUT = "About the model"
+_OPERATION = "predict"
+_OTHERS = {"Infrastructure", "Tasks"}
+
 _DOCS_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <link rel="stylesheet" href="./static_content/swagger-ui.css"></head>
 <body><div id="swagger-ui"></div>
 <script src="./static_content/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({{url: "./docs.json", dom_id: "#swagger-ui"}})</script>
+<script>
+const ui = SwaggerUIBundle({{
+  url: "./docs.json", dom_id: "#swagger-ui", defaultModelsExpandDepth: -1, tryItOutEnabled: true,
+  onComplete: () => ui.layoutActions.show(["operations", "{tag}", "{operation}"], true)
+}})
+</script>
 </body></html>"""
 
 
@@ -122,7 +132,8 @@ def application(service: Any) -> Starlette:
 
     async def docs(request: Request) -> Response:
         who, _ = served(request)
-        return HTMLResponse(_DOCS_PAGE.format(title=f"{_escaped(who.name)} {_escaped(who.version)}"))
+        title = f"{_escaped(who.name)} {_escaped(who.version)}"
+        return HTMLResponse(_DOCS_PAGE.format(title=title, tag=_PREDICTIONS, operation=_OPERATION))
 
     async def docs_json(request: Request) -> Response:
         who, about = served(request)
@@ -169,7 +180,19 @@ def openapi(service: Any, who: Served, about: About) -> dict[str, Any]:
     }
     route = predict_route(service)
     operation = paths.get(route, {}).get("post") if route else None
+    if who.prefix:
+        paths.pop("/metrics", None)  # for the platform alone: not routed under a prefix
+    spec["tags"] = [
+        {"name": _PREDICTIONS},
+        {"name": _ABOUT},
+        *(t for t in spec.get("tags", []) if t["name"] in _OTHERS),
+    ]
+    for path in paths.values():
+        for each in path.values():
+            if isinstance(each, dict) and "Service APIs" in each.get("tags", ()):
+                each["tags"] = [_PREDICTIONS]
     if operation is not None:
+        operation["operationId"] = _OPERATION  # the page opens it
         content = operation.setdefault("requestBody", {}).setdefault("content", {}).setdefault("application/json", {})
         if about.input is not None:
             content["schema"] = about.input
@@ -193,6 +216,7 @@ def openapi(service: Any, who: Served, about: About) -> dict[str, Any]:
     }.items():
         paths.setdefault(path, {})["get"] = {
             "summary": summary,
+            "tags": [_ABOUT],
             "responses": {
                 "200": {"description": "OK", "content": {"application/json": {"schema": {"type": "object"}}}},
                 "4XX": refused,

@@ -128,9 +128,11 @@ def _categories(booster: Any) -> dict[int, tuple[Any, ...]]:
             text = bytes(b & 0xFF for b in values)
             ends = encoder["offsets"]
             try:
+                # XGBoost 3.2 counts letters where it should count bytes, and cuts the rest off: what is left of a name
+                # may still be a word, though another one
+                text.decode("utf-8" if document.get("version", [0]) >= [3, 3] else "ascii")
                 found[i] = tuple(text[a:b].decode("utf-8") for a, b in pairwise(ends))
             except UnicodeDecodeError as error:
-                # XGBoost 3.2 counts letters where it should count bytes, and cuts the rest off
                 name = (booster.feature_names or [])[i : i + 1]
                 message = f"the categories of column {name or i} are damaged in the file: they are not ASCII"
                 hint = "train with ASCII category names, or with their codes as numbers"

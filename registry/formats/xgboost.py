@@ -81,7 +81,7 @@ def _signature(found: dict[skim.Path, Any], path: str) -> Signature:
             invalid(path, f"it has {len(some)} {what} for {width} features", _SAVE)
     if len(set(names)) != len(names):
         invalid(path, "two of its features have one name", _SAVE)
-    levels = _levels(found)
+    levels = _levels(found, names, path)
     columns = tuple(
         Column(
             names[index] if names else f"f{index}",
@@ -114,8 +114,14 @@ def _texts(found: dict[skim.Path, Any], key: str, path: str) -> list[str]:
     return value
 
 
-def _levels(found: dict[skim.Path, Any]) -> dict[int, tuple[Scalar, ...]]:
-    """Levels by feature index (XGBoost 3.1 and later store them); nothing where they are not as expected."""
+def _levels(found: dict[skim.Path, Any], names: list[str], path: str) -> dict[int, tuple[Scalar, ...]]:
+    """Levels by feature index (XGBoost 3.1 and later store them); nothing where they are not as expected.
+
+    UserError `damaged_categories` where their names are cut: up to 3.2 XGBoost counts letters where it should count
+    bytes. What is left of a name may still be a word, though another one, so any name that is not ASCII is refused.
+    """
+    version = found.get(("version",))
+    counts_letters = not isinstance(version, list) or not all(isinstance(n, int) for n in version) or version < [3, 3]
     stored = found.get((*_LEARNER, "gradient_booster", "model", "cats")) or found.get(
         (*_LEARNER, "gradient_booster", "gbtree", "model", "cats")
     )
@@ -133,7 +139,16 @@ def _levels(found: dict[skim.Path, Any]) -> dict[int, tuple[Scalar, ...]]:
         elif isinstance(offsets, list) and all(isinstance(offset, int) for offset in offsets):
             raw = bytes(int(value) & 0xFF for value in values)
             try:
+                raw.decode("ascii" if counts_letters else "utf-8")
                 levels[index] = tuple(raw[start:end].decode() for start, end in pairwise(offsets))
-            except UnicodeDecodeError:
-                continue
+            except UnicodeDecodeError as error:
+                column = names[index] if index < len(names) else f"f{index}"
+                raise UserError(
+                    "damaged_categories",
+                    f"{shown(path)} holds damaged category names of the column {shown(column)}: "
+                    "XGBoost up to 3.2 cuts names that are not ASCII when it saves a model.",
+                    field="file",
+                    hint="Train with ASCII category names (or their codes as numbers) and save again; or pack the "
+                    "mapping of names to codes with the model as a project: ekiben init --from FILE.",
+                ) from error
     return levels

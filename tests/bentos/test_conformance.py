@@ -225,7 +225,9 @@ def test_the_documentation_shows_the_real_rows(running: Running) -> None:
     assert body["example"] == running.sample
     assert body["schema"] == running.client.get("/metadata").json()["input"]
     assert {"/health", "/metadata", "/predict/test"} <= set(spec["paths"])
+    operation = spec["paths"]["/predict"]["post"]
     page = running.client.get("/docs")
+    assert f'["operations", "{operation["tags"][0]}", "{operation["operationId"]}"]' in page.text  # opened at once
     assert page.headers["content-type"].startswith("text/html")
     assert running.client.get("/static_content/swagger-ui-bundle.js").status_code == 200
 

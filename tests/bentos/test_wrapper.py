@@ -209,6 +209,7 @@ def test_the_prefix_is_stripped_and_unprefixed_paths_are_served_too(running: Any
     _problem(running.client.get("/inference/churnish/health", headers=TOKEN), 404, "not_found")
     spec = running.client.get("/inference/churn/docs.json", headers=TOKEN).json()
     assert spec["servers"] == [{"url": "/inference/churn"}]
+    assert "/metrics" not in spec["paths"]  # not routed there
 
 
 def test_every_answer_names_its_version(running: Any) -> None:

@@ -299,6 +299,18 @@ def test_xgboost_says_its_columns_levels_and_task(made):
     assert (binary.task, multi.task, multi.classes) == ("binary", "multiclass", (0, 1, 2))
 
 
+@pytest.mark.parametrize("suffix", [".json", ".ubj"])
+@pytest.mark.parametrize("levels", [["zürich", "서울", "x"], ["b", "c", "éa"], ["aé", "b", "cd"]], ids=str)
+def test_xgboost_category_names_that_saving_cut_are_refused(tmp_path, levels, suffix):
+    table = pd.DataFrame({"age": np.arange(60.0), "city": pd.Categorical(levels * 20)})
+    booster = xgboost.train({}, xgboost.DMatrix(table, np.arange(60) % 3, enable_categorical=True), 2)
+    booster.save_model(tmp_path / f"m{suffix}")
+    error = refused((tmp_path / f"m{suffix}").read_bytes())
+    assert error.code == "damaged_categories"
+    assert "city" in error.detail
+    assert "ASCII" in error.hint
+
+
 def test_xgboost_dart_and_linear_models_are_known(made):
     dart, linear = see(made("xgboost_dart")).signature, see(made("xgboost_linear")).signature
     assert dart is not None
