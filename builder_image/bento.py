@@ -18,11 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from packaging.utils import canonicalize_name
-
 from builder_image.environment import Environment, made_once
 from builder_image.installer import Tools
-from builder_image.lock import Lock
+from builder_image.lock import Lock, canonicalize_name
 from registry import digest
 from registry.errors import InfrastructureError, UserError
 

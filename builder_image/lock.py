@@ -14,18 +14,22 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import tomli_w
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from typing import TYPE_CHECKING, Any
 
 from builder_image.installer import Tools
 from registry import digest
 from registry.errors import InfrastructureError, UserError
 
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement  # a lock that is parsed fast needs no packaging
+
 _FORMAT = 1
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
+_PLAIN_PIN = re.compile(
+    r"([a-z0-9]+(?:-[a-z0-9]+)*)==([0-9][a-z0-9.]*)(?:\s*;\s*"
+    r"(sys_platform|platform_machine|platform_system|os_name|implementation_name|python_full_version)"
+    r" (==|!=|<|>=) (['\"])([A-Za-z0-9._]+)\5)?"
+)
 _HASH = re.compile(r"\s--hash[= ](\S+)")
 _COMMENT = re.compile(r"(^|\s)#.*$")
 _NETWORK = ("failed to fetch", "error sending request", "connection", "timed out", "dns error", "status code 5")
@@ -69,9 +73,15 @@ class Lock:
 def parse(text: str) -> Lock:
     """Read a lock, as uv or pip-compile write it. Every line must be pinned and carry a hash."""
     pins = []
-    for line in logical_lines(text):
+    for line in logical_lines(text):  # most are plain, and parsing them in full takes longer than all the rest
         hashes = tuple(sorted(_HASH.findall(" " + line)))
-        requirement = _requirement(_HASH.sub("", " " + line).strip())
+        text = _HASH.sub("", " " + line).strip()
+        plain = _PLAIN_PIN.fullmatch(text)
+        if plain is not None and hashes:
+            marker = f'; {plain[3]} {plain[4]} "{plain[6]}"' if plain[3] else ""
+            pins.append(Pin(plain[1], f"{plain[1]}=={plain[2]}{marker}", hashes))
+            continue
+        requirement = _requirement(text)
         if "==" not in str(requirement.specifier) or not hashes:
             raise UserError(
                 "bad_requirements",
@@ -203,6 +213,8 @@ class OwnWheel:
 
 def own_wheels(folder: Path) -> dict[str, OwnWheel]:
     """The user's wheels by package name; one version of each."""
+    from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
     found: dict[str, OwnWheel] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.suffix != ".whl":
@@ -301,7 +313,14 @@ def logical_lines(text: str) -> list[str]:
     return lines
 
 
+def canonicalize_name(name: str) -> str:
+    """As the index compares names."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def _requirement(text: str, source: str = "the requirements") -> Requirement:
+    from packaging.requirements import InvalidRequirement, Requirement
+
     try:
         return Requirement(text)
     except InvalidRequirement as error:
@@ -355,6 +374,8 @@ def export_uv_lock(path: Path, *, work: Path, tools: Tools) -> tuple[str, ...]:
     folder.mkdir(exist_ok=True)
     (folder / "uv.lock").write_bytes(path.read_bytes())
     project = {"project": {"name": roots[0]["name"], "version": "0", "requires-python": ">=3.8"}}
+    import tomli_w
+
     (folder / "pyproject.toml").write_text(tomli_w.dumps(project))
     output = folder / "requirements.txt"
     argv = tools.uv.argv(

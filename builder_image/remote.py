@@ -188,17 +188,27 @@ class Registry:
         self._tokens: dict[str, tuple[str, float]] = {}
         self._challenge: tuple[str, dict[str, str]] | None = None
         self._lock = threading.Lock()
-        trust = httpx.create_ssl_context()
-        if ca is not None:
-            try:
-                trust.load_verify_locations(cafile=ca)
-            except (OSError, ssl.SSLError) as error:
-                raise UserError(
-                    "bad_ca", f"{ca} is not a readable PEM file of certificates", field="ca", hint="give the CA's PEM"
-                ) from error
+        self._loopback = loopback
+        self._trust: ssl.SSLContext | None = None if self._plain and ca is None else _trust(ca)
+        self._clients: dict[str, httpx.Client] = {}
+
+    def _http(self, scheme: str) -> httpx.Client:
+        """The client for http or https. Reading the system's certificates takes longer than a push to a registry that
+        speaks plain http; the client for http trusts none, so that it cannot be led to https without a check."""
+        with self._lock:
+            if scheme not in self._clients:
+                if scheme == "https" and self._trust is None:
+                    self._trust = _trust(None)
+                self._clients[scheme] = self._client(
+                    self._trust if scheme == "https" and self._trust else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                )
+            return self._clients[scheme]
+
+    def _client(self, trust: ssl.SSLContext) -> httpx.Client:
+        host, loopback = self.host, self._loopback
         bare = _bare(host)
         bypass = {f"all://[{bare}]" if ":" in bare else f"all://{bare}": None} if loopback else {}
-        self._http = httpx.Client(
+        return httpx.Client(
             verify=trust,
             timeout=_TIMEOUT,
             mounts=bypass,
@@ -213,7 +223,8 @@ class Registry:
         self.close()
 
     def close(self) -> None:
-        self._http.close()
+        for client in self._clients.values():
+            client.close()
 
     # blobs
 
@@ -539,12 +550,13 @@ class Registry:
         timeout: httpx.Timeout = _TIMEOUT,
     ) -> httpx.Response:
         # identity: digests are about the bytes as stored, so nothing on the way may compress them
-        request = self._http.build_request(
+        client = self._http(url.scheme)
+        request = client.build_request(
             method, url, headers={"Accept-Encoding": "identity", **headers}, content=content, timeout=timeout
         )
         if _origin(url) == _origin(self._root) and (credential := self._authorization(scope)):
             request.headers["Authorization"] = credential
-        return self._http.send(request, stream=stream)
+        return client.send(request, stream=stream)
 
     def _location(self, response: httpx.Response, url: httpx.URL) -> httpx.URL:
         where = response.headers.get("Location")
@@ -622,11 +634,11 @@ class Registry:
                     "client_id": "ekiben",
                     "refresh_token": self._credentials.identity_token,
                 }
-                response = self._http.post(realm, data=form)
+                response = self._http(realm.scheme).post(realm, data=form)
             else:
                 basic = self._basic()
                 headers = {"Authorization": basic} if basic else {}
-                response = self._http.get(realm.copy_merge_params(form), headers=headers)
+                response = self._http(realm.scheme).get(realm.copy_merge_params(form), headers=headers)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         self._expect(response, (200,), f"asking {realm.host} for a token")
@@ -981,6 +993,19 @@ def _backoff(attempt: int, asked: str | None = None) -> float:
     if asked is not None and asked.isdecimal():
         return min(float(asked), 30.0)
     return float(min(0.25 * 2**attempt, 8.0))
+
+
+def _trust(ca: Path | None) -> ssl.SSLContext:
+    """The system's authorities, and the ones in a PEM file."""
+    trust = httpx.create_ssl_context()
+    if ca is not None:
+        try:
+            trust.load_verify_locations(cafile=ca)
+        except (OSError, ssl.SSLError) as error:
+            raise UserError(
+                "bad_ca", f"{ca} is not a readable PEM file of certificates", field="ca", hint="give the CA's PEM"
+            ) from error
+    return trust
 
 
 def _pull(repo: str) -> str:

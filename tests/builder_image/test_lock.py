@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from builder_image import lock
 from builder_image.installer import Tools
@@ -185,3 +187,11 @@ def test_order_comments_and_line_breaks_do_not_change_a_lock(pins: dict[str, lis
     first, second = lock.parse("\n".join(plain)), lock.parse("# header\n" + "\n".join(spread))
     assert first.digest == second.digest
     assert lock.parse(first.text) == first
+
+
+@pytest.mark.parametrize("kind", ["forecast", "lightgbm", "onnx", "ranker", "sklearn", "xgboost"])
+def test_pins_that_are_read_the_short_way_are_what_the_standard_makes_of_them(kind: str) -> None:
+    file = Path(__file__).parents[2] / "bentos" / kind / "requirements.txt"
+    pins = lock.parse(file.read_text()).pins
+    assert [str(Requirement(pin.requirement)) for pin in pins] == [pin.requirement for pin in pins]
+    assert [canonicalize_name(Requirement(pin.requirement).name) for pin in pins] == [pin.name for pin in pins]
