@@ -131,33 +131,35 @@ def test_a_second_version_rolls_and_rolls_back_without_a_failed_call(
     assert len(seen) == 2
 
 
-def test_the_first_screen_of_the_readme_is_literally_true(server: Running, table: pd.DataFrame, tmp_path: Path) -> None:
+def test_push_roll_back_look_and_predict_from_the_command_line(
+    server: Running, table: pd.DataFrame, tmp_path: Path
+) -> None:
     model = trained(table, 4)
-    model.save_model(tmp_path / "churn.txt")
+    model.save_model(tmp_path / "tenure.txt")
     rows = json.loads(table[:5].rename(columns={"mean radius": "mean_radius"}).to_json(orient="records"))
     (tmp_path / "rows.json").write_text(json.dumps({"inputs": rows, "outputs": model.predict(table[:5]).tolist()}))
-    done = server.ekiben("push", str(tmp_path / "churn.txt"), "--sample", str(tmp_path / "rows.json"))
+    done = server.ekiben("push", str(tmp_path / "tenure.txt"), "--sample", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith("✓ lightgbm · 3 features   ✓ 5/5 predictions match   ✓ live in ")
-    assert second == f"{server.url}/inference/churn/predict   (docs: …/docs)"
+    assert second == f"{server.url}/inference/tenure/predict   (docs: …/docs)"
     assert "\x1b" not in done.stdout + done.stderr, "no colours and no spinner without a terminal"
 
-    trained(table, 6).save_model(tmp_path / "churn-v2.txt")
-    done = server.ekiben("push", str(tmp_path / "churn-v2.txt"), "--name", "churn", "--json")
+    trained(table, 6).save_model(tmp_path / "tenure-v2.txt")
+    done = server.ekiben("push", str(tmp_path / "tenure-v2.txt"), "--name", "tenure", "--json")
     assert json.loads(done.stdout)["version"] == 2
-    done = server.ekiben("rollback", "churn")
+    done = server.ekiben("rollback", "tenure")
     assert done.returncode == 0, done.stderr
-    assert "✓ churn version 1" in done.stdout
-    assert server.ekiben("status", "churn").stdout.splitlines()[1].split() == ["state", "live"]
+    assert "✓ tenure version 1" in done.stdout
+    assert server.ekiben("status", "tenure").stdout.splitlines()[1].split() == ["state", "live"]
 
-    done = server.ekiben("predict", "churn", "-f", str(tmp_path / "rows.json"))
+    done = server.ekiben("predict", "tenure", "-f", str(tmp_path / "rows.json"))
     assert np.allclose(json.loads(done.stdout)["outputs"], model.predict(table[:5]))
-    done = server.ekiben("predict", "churn", stdin=json.dumps(rows))
+    done = server.ekiben("predict", "tenure", stdin=json.dumps(rows))
     assert len(json.loads(done.stdout)["outputs"]) == 5
-    assert server.ekiben("open", "churn").stdout == f"{server.url}/inference/churn/docs\n"
-    assert "golden sample" in server.ekiben("logs", "churn").stdout
-    assert server.ekiben("logs", "churn", "--build").returncode == 0
+    assert server.ekiben("open", "tenure").stdout == f"{server.url}/inference/tenure/docs\n"
+    assert "golden sample" in server.ekiben("logs", "tenure").stdout
+    assert server.ekiben("logs", "tenure", "--build").returncode == 0
 
 
 def test_replicas_stay_when_only_the_version_changes(
@@ -203,6 +205,11 @@ def test_refused_uploads_say_what_to_do(server: Running, tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
+def _interruptible() -> None:
+    """A program started from a background job of a shell ignores the interrupt, unless it is told not to."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_the_interrupt_of_a_push_leaves_the_work_going_on(
     server: Running, client: ekiben.Client, table: pd.DataFrame, tmp_path: Path
 ) -> None:
@@ -210,6 +217,7 @@ def test_the_interrupt_of_a_push_leaves_the_work_going_on(
     process = subprocess.Popen(
         [sys.executable, "-m", "ekiben", "push", str(tmp_path / "patient.txt")],
         env=dict(server.environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=_interruptible,
     )  # fmt: skip
     assert process.stderr is not None
     assert process.stderr.readline().startswith("uploading patient.txt")
@@ -227,6 +235,7 @@ def test_following_a_log_ends_with_the_interrupt(server: Running, deployed: ekib
     process = subprocess.Popen(
         [sys.executable, "-m", "ekiben", "logs", deployed.name, "-f"],
         env=dict(server.environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=_interruptible,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline()
