@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from builder_image import base, containerize, remote
@@ -27,6 +28,7 @@ A base image is imported once: base import docker.io/library/python:3.11-slim --
 Packages come from where uv takes them: UV_DEFAULT_INDEX, UV_INDEX, HTTPS_PROXY and SSL_CERT_FILE count.
 Credentials for --push are those of `docker login` (DOCKER_CONFIG).
 """
+_DEFAULT = "default"
 _BASE = """Import a base image: an image with CPython, from a registry, an OCI layout or a saved archive.
 
   base import docker.io/library/python:3.11-slim --name python-3.11
@@ -42,12 +44,20 @@ def main(arguments: Sequence[str]) -> int:
     try:
         answer = options.run(options, os.environ)
     except EkibenError as error:
-        print(f"{error.code}: {redact(error.detail)}", file=sys.stderr)
+        print(f"error: {error.code}: {redact(error.detail)}", file=sys.stderr)
         if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+            print(f"  hint: {error.hint}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 3
-    print(json.dumps(answer))
+    print(json.dumps(answer.value) if options.json else answer.text)
     return 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command says: a JSON value for programs, lines for people."""
+
+    value: object
+    text: str
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,19 +73,21 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--compression", choices=("zstd", "gzip", "none"), default="zstd")
     make.add_argument("--insecure", action="store_true", help="push over plain http to another machine")
     make.add_argument("--ca", type=Path, help="PEM file of the registry's own certificate authority")
+    make.add_argument("--json", action="store_true", help="print JSON, for programs")
     make.set_defaults(run=_containerize)
     nouns = verbs.add_parser("base", description=_BASE, formatter_class=form).add_subparsers(required=True)
     take = nouns.add_parser("import", description=_BASE, formatter_class=form)
     take.add_argument("source", help="a registry reference, an OCI layout folder, or a saved archive")
-    take.add_argument("--name", help="how to call it (default: from the source)")
+    take.add_argument("--name", help="how to call it (default: `default` for the first one, else from the source)")
     take.add_argument("--platform", help="one platform only (default: linux/amd64 and linux/arm64 as far as there)")
     take.add_argument("--insecure", action="store_true", help="plain http to another machine")
     take.add_argument("--ca", type=Path, help="PEM file of the registry's own certificate authority")
+    take.add_argument("--json", action="store_true", help="print JSON, for programs")
     take.set_defaults(run=_import)
     return parser
 
 
-def _containerize(options: argparse.Namespace, env: Mapping[str, str]) -> object:
+def _containerize(options: argparse.Namespace, env: Mapping[str, str]) -> Answer:
     if options.push is None and options.output is None:
         raise UserError(
             "no_destination", "neither --push nor --output says where the image goes", hint="--output FILE.tar"
@@ -92,38 +104,55 @@ def _containerize(options: argparse.Namespace, env: Mapping[str, str]) -> object
         output=options.output,
         push=push,
         compression=options.compression,
-        progress=Progress(sys.stderr),
+        progress=Progress(sys.stderr, plain=not options.json),
         tools=Tools.of(env, Processes()),
     )
-    return image.model_dump(mode="json")
+    where = [str(place) for place in (image.ref, options.output) if place]
+    return Answer(image.model_dump(mode="json"), f"✓ {' and '.join(where)}   {image.size / 1e6:.0f} MB\n{image.digest}")
 
 
-def _import(options: argparse.Namespace, env: Mapping[str, str]) -> object:
+def _import(options: argparse.Namespace, env: Mapping[str, str]) -> Answer:
     store = _home(env) / "bases"
     store.mkdir(parents=True, exist_ok=True)
+    name = options.name
+    if name is None and not (store / f"{_DEFAULT}.toml").exists():
+        name = _DEFAULT  # the first one is taken where none is named
     if Path(options.source).exists():
-        described = base.import_base(options.source, options.platform, store, name=options.name)
+        described = base.import_base(options.source, options.platform, store, name=name)
+    elif options.source.startswith((".", "/", "~")) or options.source.endswith(".tar"):
+        raise UserError(
+            "source_not_found",
+            f"there is neither a folder nor a file {options.source}",
+            field="source",
+            hint="give an OCI layout folder, an archive of docker save or podman save, or HOST/REPOSITORY:TAG",
+        )
     else:
         ref = remote.Reference.parse(options.source)
         credentials = remote.Credentials.of_docker_config(docker_config(env), ref.host)
         with remote.Registry(ref.host, credentials, options.ca, options.insecure) as registry:
-            described = base.import_base(options.source, options.platform, store, name=options.name, registry=registry)
+            described = base.import_base(options.source, options.platform, store, name=name, registry=registry)
     platforms = {name: {"digest": one.digest, "python": one.version} for name, one in described.platforms.items()}
-    return {"name": described.name, "file": str(store / f"{described.name}.toml"), "platforms": platforms}
+    value = {"name": described.name, "file": str(store / f"{described.name}.toml"), "platforms": platforms}
+    lines = [f"✓ base {described.name}   {name}, Python {one.version}" for name, one in described.platforms.items()]
+    return Answer(value, "\n".join(lines))
 
 
 def _base(name: str | None, store: Path) -> base.BaseDescriptor:
     if name is not None and name.endswith(".toml"):
         return base.load(Path(name))
     there = sorted(path.stem for path in store.glob("*.toml"))
-    if name is None and len(there) == 1:
-        name = there[0]
+    if name is None and (len(there) == 1 or _DEFAULT in there):
+        name = there[0] if len(there) == 1 else _DEFAULT
     if name not in there:
         raise UserError(
             "base_not_found",
-            f"there is no base image {name!r}" if name else f"{len(there)} base images are imported, not one",
+            f"there is no base image {name!r}"
+            if name
+            else (f"{len(there)} base images are here, and none was named" if there else "there is no base image yet"),
             field="base",
-            hint=f"--base {' | '.join(there)}" if there else "base import docker.io/library/python:3.11-slim",
+            hint=f"--base {' | '.join(there)}"
+            if there
+            else "import one first: ekiben base import docker.io/library/python:3.11-slim",
         )
     return base.load(store / f"{name}.toml")
 

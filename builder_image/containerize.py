@@ -17,7 +17,7 @@ import yaml
 
 from builder_image import base as bases
 from builder_image import bento as bentos
-from builder_image import layers, lock, packing, staging, tarball
+from builder_image import layers, layout, lock, packing, staging, tarball
 from builder_image.image import Run, assemble
 from builder_image.installer import Tools
 from builder_image.layers import AnyLayer, Compression, StreamedLayer
@@ -88,6 +88,8 @@ def containerize(
 
     Raises UserError `needs_dockerfile`, `bad_python`, `needs_model_store`, and those of the resolution.
     """
+    if output is not None:
+        layout.check_output(output)
     base = described.on(platform)
     refuse(stored.info)
     _check_python(stored.info, base)
@@ -248,11 +250,13 @@ def _run(stored: StoredBento, base: bases.BasePlatform) -> Run:
     }
     path = f"/{staging.BENTO}"
     env = {**own, **packing.environment_of_image(base), "BENTOML_HF_CACHE_DIR": f"{path}/hf-models"}
-    del env["EKIBEN_MODEL_DIR"]
+    if (stored.dir / "src" / "model").is_dir():
+        del env["EKIBEN_MODEL_DIR"]  # it carries its model; else one is mounted at that place
     labels = {"io.ekiben.bento": stored.tag}
     if (stored.dir / "src" / "bentos" / "serving").is_dir():
         env["PYTHONPATH"] = f"{path}/src"
         return Run(env=env, entrypoint=(f"/{staging.VENV}/bin/python", "-m", "bentos.serving"), labels=labels)
     del env["EKIBEN_BENTO"], env["PYTHONPATH"]
+    env.pop("EKIBEN_MODEL_DIR", None)
     program = (f"/{staging.VENV}/bin/python", "-m", "bentoml")
     return Run(env=env, entrypoint=program, cmd=("serve", path), labels=labels)

@@ -6,6 +6,7 @@ one pass, hashed on the way, and get their name only when they are whole; the in
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ from registry.errors import InfrastructureError, UserError
 
 _MARK = canonical_json({"imageLayoutVersion": "1.0.0"})
 _LONGEST_DOCUMENT = 8 << 20
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_OTHER_ARCHIVES = (".zip", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z")
 
 Progress = Callable[[AnyLayer, int], None]
 """Told (layer, bytes written since the last call)."""
@@ -59,7 +62,6 @@ def write_archive(image: Image, file: Path, ref: str, progress: Progress | None 
     `ref` is the name that the loaded image gets, e.g. `localhost/churn:3`. The file appears only when it is whole. A
     streamed layer is written in place and its member is named afterwards, so weights are copied once.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     with _disk(file.parent), _draft(file) as out:
         written: dict[str, Layer] = {}
         out.write(tarball.header(tarball.folder("blobs")))
@@ -98,6 +100,45 @@ def write_archive(image: Image, file: Path, ref: str, progress: Progress | None 
             out.write(_member(path, len(data)) + data + bytes(-len(data) % 512))
         out.write(bytes(1024))
     return image
+
+
+def check_output(place: Path) -> None:
+    """See that an image may be written to a place before anything is made for it: an archive where the name ends in
+    .tar, a layout folder otherwise. Only an earlier image is ever replaced.
+
+    Raises UserError `bad_output`, `output_exists`, `output_not_writable`.
+    """
+    if place.suffix in _OTHER_ARCHIVES:
+        raise UserError(
+            "bad_output",
+            f"{place.name} would be neither a .tar archive nor a layout folder",
+            field="output",
+            hint="name it like churn.tar; layers are compressed inside it",
+        )
+    if place.suffix == ".tar":
+        ours = not place.exists() or (place.is_file() and _is_image_archive(place))
+    else:
+        ours = not place.exists() or (place.is_dir() and ((place / "oci-layout").is_file() or not any(place.iterdir())))
+    if not ours:
+        raise UserError(
+            "output_exists",
+            f"{place} is there already and is no image",
+            field="output",
+            hint="choose another name, or move it away",
+        )
+    folder = place if place.is_dir() else place.parent
+    with _disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+def _is_image_archive(file: Path) -> bool:
+    try:
+        with tarfile.open(file, "r:") as archive:
+            return any(name in ("oci-layout", "manifest.json", "index.json") for name in archive.getnames())
+    except (tarfile.TarError, EOFError, OSError):
+        return file.stat().st_size == 0
 
 
 def read_layout(folder: Path, platform: Platform | None = None, ref: str | None = None) -> Image:
@@ -373,6 +414,13 @@ def _disk(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in _NOT_ALLOWED:
+            raise UserError(
+                "output_not_writable",
+                f"{error.filename or place} cannot be written: {error.strerror}",
+                field="output",
+                hint="choose a folder that the account which builds images may write into",
+            ) from error
         code = "disk_full" if error.errno == 28 else "disk_error"
         raise InfrastructureError(
             code,

@@ -63,6 +63,8 @@ def pack(
     Of a weights-only build this reads the weights once: the other layers are found by their key, here or in the
     registry, and `bento` is not called. A version whose model layer the registry has is not read at all.
     """
+    if order.output is not None:
+        layout.check_output(order.output)
     described = bases.load(order.base)
     platform = described.on(order.platform)
     if platform.minor != recipe.python:

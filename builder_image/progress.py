@@ -12,10 +12,12 @@ from builder_image.spec import Stage
 
 
 class Progress:
-    """Lines are `{"stage", "message"}` when a stage starts or says something, with `seconds` when it ends."""
+    """Lines are JSON: `{"stage", "message"}` when a stage starts or says something, with `seconds` when it ends. With
+    `plain` they are text, for people."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, plain: bool = False) -> None:
         self._stream = stream
+        self._plain = plain
         self._stages: list[Stage] = []
         self.current = "start"
 
@@ -38,4 +40,8 @@ class Progress:
         self._write({"stage": self.current, "message": message})
 
     def _write(self, line: dict[str, object]) -> None:
+        if self._plain:
+            if line["message"] != "done":
+                print(f"{line['stage']}: {line['message']}", file=self._stream, flush=True)
+            return
         print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)

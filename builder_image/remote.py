@@ -502,7 +502,9 @@ class Registry:
                 response = self._follow(method, url, scope, headers or {}, content, stream, timeout)
             except httpx.TransportError as error:
                 attempt += 1
-                if attempt >= attempts or _is_certificate(error):
+                # an address where nobody answers is tried twice: each try takes the whole time limit
+                most = min(attempts, 2) if isinstance(error, httpx.ConnectTimeout) else attempts
+                if attempt >= most or _is_certificate(error) or _speaks_http(error):
                     raise self._unreachable(error) from error
                 self._pause(_backoff(attempt))
                 continue
@@ -681,12 +683,19 @@ class Registry:
                 field="ca",
                 hint="give the CA of the registry (ca), or insecure for plain http",
             )
+        if _speaks_http(error):
+            return RegistryRefused(
+                "registry_speaks_http",
+                f"{self.host} speaks plain http, and https was asked of it",
+                field="insecure",
+                hint="give the registry a certificate, or allow plain http: --insecure",
+            )
         what = str(error) or type(error).__name__
         return RegistryFailed(
             "registry_unreachable",
             self._redacted(f"{self._root.scheme}://{self.host} cannot be reached: {what}"),
             hint="is the address right, is the registry running, does it speak "
-            + ("https" if self._plain else "only http (insecure)")
+            + ("plain http" if self._plain else "https")
             + "?",
         )
 
@@ -1032,6 +1041,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(name.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _speaks_http(error: BaseException) -> bool:
+    """Whether a server answered the TLS greeting in plain text; OpenSSL's two words for it."""
+    return "WRONG_VERSION_NUMBER" in str(error) or "RECORD_LAYER_FAILURE" in str(error)
 
 
 def _is_certificate(error: BaseException) -> bool:

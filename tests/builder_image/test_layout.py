@@ -201,3 +201,31 @@ def test_large_blobs_are_named_after_they_were_written(tmp_path: Path, small_bas
     stream = layers.StreamedLayer("model", layers.TAR, tarball.size_of(entries), lambda: tarball.stream(entries))
     layout.write_archive(image.assemble(small_base, [stream], image.Run()), tmp_path / "image.tar", "localhost/x:1")
     validate(tmp_path / "image.tar")
+
+
+def test_an_image_replaces_an_earlier_image_and_nothing_else(tmp_path: Path, make_image: Any) -> None:
+    archive, folder = tmp_path / "image.tar", tmp_path / "layout"
+    layout.write_archive(make_image(), archive, "localhost/churn:1")
+    layout.write_layout(make_image(), folder)
+    (tmp_path / "empty").mkdir()
+    for place in (archive, folder, tmp_path / "empty", tmp_path / "new" / "image.tar", tmp_path / "new.layout"):
+        layout.check_output(place)
+    assert not (tmp_path / "new.layout").exists(), "a look leaves nothing behind"
+    with tarfile.open(tmp_path / "photos.tar", "w") as photos:
+        photos.add(__file__, "photo.jpg")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter").write_text("mine")
+    (tmp_path / "a-folder.tar").mkdir()
+    for place in (tmp_path / "photos.tar", tmp_path / "home", tmp_path / "a-folder.tar", tmp_path / "home" / "letter"):
+        with pytest.raises(UserError) as refused:
+            layout.check_output(place)
+        assert refused.value.code == "output_exists"
+    with pytest.raises(UserError) as refused:
+        layout.check_output(tmp_path / "image.tar.gz")
+    assert refused.value.code == "bad_output"
+    with pytest.raises(UserError) as refused:
+        layout.check_output(tmp_path / "home" / "letter" / "image.tar")
+    assert refused.value.code == "output_not_writable"
+    with pytest.raises(UserError) as refused:
+        layout.check_output(Path("/proc/image.tar"))
+    assert refused.value.code == "output_not_writable"

@@ -246,6 +246,19 @@ def test_a_note_carries_what_is_to_be_known_of_a_layer_and_only_a_whole_one_coun
 
 
 @needs_registry
+def test_a_registry_without_tls_is_told_apart_from_one_that_is_away(
+    registry_server: Any, certificate: Certificate
+) -> None:
+    with (
+        Registry(registry_server.host, ca=certificate.pem) as registry,  # a CA asks for https, on loopback too
+        pytest.raises(UserError) as refused,
+    ):
+        registry.has_blob("x", of_bytes(b""))
+    assert refused.value.code == "registry_speaks_http"
+    assert "--insecure" in (refused.value.hint or "")
+
+
+@needs_registry
 def test_skopeo_inspects_what_was_pushed(registry_server: Any, make_image: Any) -> None:
     program = shutil.which("skopeo")
     if program is None:

@@ -160,13 +160,12 @@ def base_list(ctx: typer.Context, as_json: Json = False) -> None:
     if out.as_json:
         out.value({"items": found})
         return
-    rows = [{"name": one["name"], "python": _python(one)} for one in found]
-    out.table(rows, ("name", "python"), "no base image is here yet: ekiben base import REF")
-
-
-def _python(described: dict[str, Any]) -> str | None:
-    python = described.get("python")
-    return str(python.get("version")) if isinstance(python, dict) else None if python is None else str(python)
+    rows = [
+        {"name": one["name"], "platform": platform, "python": described.get("version")}
+        for one in found
+        for platform, described in sorted((one.get("platforms") or {}).items())
+    ]
+    out.table(rows, ("name", "platform", "python"), "no base image is here yet: ekiben base import REF")
 
 
 def _builder(*arguments: str) -> None:
