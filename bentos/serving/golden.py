@@ -5,7 +5,10 @@ Comparison is pure; `call` and `check` run the request through the real applicat
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +123,15 @@ async def check(app: App, route: str | None, about: About, served: Served) -> tu
         sample, expected, verified = about.example, None, "synthetic"
     if sample is None or route is None:
         return Checked(), None
-    with finite.watch() as seen:
+    with finite.watch() as seen, _last_exception() as raised:
         status, answer = await call(app, route, sample, served)
     what = "the synthetic example made from the model's schema" if verified == "synthetic" else "the sample"
     if status >= 400:
         said = answer.get("detail", answer) if isinstance(answer, dict) else answer
+        if status >= 500 and raised:  # BentoML keeps the reason for its log
+            said = f"{type(raised[-1]).__name__}: {raised[-1]}"[:1000]
+            hint = "the log of the deployment has the whole story; call the model with the same rows where it was made"
+            raise StartError("golden_sample_failed", f"{what} made the service fail: {said}", hint)
         hint = "send a sample that is a body for the predict route, such as " + json.dumps(about.example)[:300]
         raise StartError("golden_sample_failed", f"{what} was refused with status {status}: {said}", hint)
     if place := finite.place(answer) or next(iter(seen), None):
@@ -145,6 +152,24 @@ async def check(app: App, route: str | None, about: About, served: Served) -> tu
             "check versions, column order and preprocessing",
         )
     return Checked("expected", result.rows, result.matched), answer
+
+
+@contextlib.contextmanager
+def _last_exception() -> Iterator[list[BaseException]]:
+    """The exceptions that are logged meanwhile, the last one last."""
+    raised: list[BaseException] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.exc_info and record.exc_info[1] is not None:
+                raised.append(record.exc_info[1])
+
+    keep = Keep()
+    logging.getLogger().addHandler(keep)
+    try:
+        yield raised
+    finally:
+        logging.getLogger().removeHandler(keep)
 
 
 def _check_count(sample: Any, answer: Any, what: str) -> None:

@@ -73,6 +73,12 @@ def test_a_project_whose_answer_is_not_finite_does_not_start(
     assert f"not finite at {place}" in failure["message"]
 
 
+def test_a_service_that_fails_on_its_sample_says_why(starting: Any, tmp_path: Path) -> None:
+    served = starting(_project(tmp_path / "p", "dict", "{'y': {}['plan']}"))
+    assert served.exit_code() == 10
+    assert served.failure()["message"] == "the sample made the service fail: KeyError: 'plan'"
+
+
 @pytest.mark.parametrize("expected", [{"y": None}, {"y": 1.0}])
 def test_expected_values_do_not_excuse_it(starting: Any, tmp_path: Path, expected: Any) -> None:
     served = starting(_project(tmp_path / "p", "dict", "{'y': float('nan')}", expected=expected))
