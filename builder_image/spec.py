@@ -11,7 +11,8 @@ Compression = Literal["gzip", "zstd", "none"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # built when used: a weights-only build uses few of these models, and building all takes longer than its pushes
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class ModelFolder(_Frozen):
@@ -113,7 +114,7 @@ class BuildResult(BaseModel):
     no code layer of that Bento was found, and names what it has.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, defer_build=True)
 
     identity: str
     bento: BuiltBento | None
