@@ -156,6 +156,8 @@ class LocalPlatform:
             shutil.rmtree(running.folder / "work", ignore_errors=True)
 
     def holds(self, result: dict[str, Any]) -> bool:
+        if result.get("environment") is None or result.get("bento") is None:  # an image was all that was wanted
+            return False
         python = Path(result["environment"]["dir"], "bin", "python")
         return python.exists() and Path(result["bento"]["dir"], "bento.yaml").exists()
 

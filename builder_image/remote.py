@@ -15,6 +15,7 @@ import ipaddress
 import json
 import re
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,16 +26,20 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urljoin
 
-import httpx
+# httpx imports its own command line, with click and rich, where those are installed: more than half of the time that
+# a weights-only build takes to start. An absent module is what it is prepared for.
+sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
 
-from builder_image import image as _image
-from builder_image import layers as _layers
-from builder_image.hashing import Sha256
-from builder_image.image import Image, Platform
-from builder_image.layers import AnyLayer, Layer, StreamedLayer
-from registry import digest as _digest
-from registry.digest import canonical_json
-from registry.errors import EkibenError, InfrastructureError, UserError
+import httpx  # noqa: E402
+
+from builder_image import image as _image  # noqa: E402
+from builder_image import layers as _layers  # noqa: E402
+from builder_image.hashing import Sha256  # noqa: E402
+from builder_image.image import Image, Platform  # noqa: E402
+from builder_image.layers import AnyLayer, Layer, StreamedLayer  # noqa: E402
+from registry import digest as _digest  # noqa: E402
+from registry.digest import canonical_json  # noqa: E402
+from registry.errors import EkibenError, InfrastructureError, UserError  # noqa: E402
 
 _MANIFEST_TYPES = (_image.MANIFEST, _image.INDEX, _image.DOCKER_MANIFEST, _image.DOCKER_INDEX)
 _OCTETS = "application/octet-stream"
