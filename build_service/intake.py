@@ -589,14 +589,25 @@ async def receive(
         sink = await run_in_threadpool(_Raw, intake, filename)
     batch = bytearray()
     seen = 0
-    async for chunk in _bounded(stream, idle_seconds):
-        seen += len(chunk)
-        if seen > most:  # whatever follows the last boundary counts too
-            raise _too_large(limit)
-        batch += chunk
-        if len(batch) >= _BATCH:
-            await run_in_threadpool(sink.write, bytes(batch))
-            batch.clear()
+    # The network is read while the bytes before are hashed and written: at most two batches are held.
+    writing: asyncio.Task[None] | None = None
+    try:
+        async for chunk in _bounded(stream, idle_seconds):
+            seen += len(chunk)
+            if seen > most:  # whatever follows the last boundary counts too
+                raise _too_large(limit)
+            batch += chunk
+            if len(batch) >= _BATCH:
+                if writing is not None:
+                    await writing
+                writing, batch = asyncio.create_task(run_in_threadpool(sink.write, bytes(batch))), bytearray()
+        if writing is not None:
+            await writing
+    finally:
+        if writing is not None and not writing.done():
+            await asyncio.wait({writing})  # nothing is discarded under a thread that writes
+        if writing is not None and not writing.cancelled():
+            writing.exception()  # seen: what went wrong first is what is told
     if batch:
         await run_in_threadpool(sink.write, bytes(batch))
     await run_in_threadpool(sink.finish)
