@@ -114,7 +114,14 @@ def memory(bench: parts.Bench) -> Measured:
     try:
         with parts.registry(bench.folder("registry")) as store:
             built = builder.build(
-                bench.folder("build"), folder, cache, bench.base, bench.kinds, kind="onnx", push=f"{store.host}/big:1"
+                bench.folder("build"),
+                folder,
+                cache,
+                bench.base,
+                bench.kinds,
+                kind="onnx",
+                push=f"{store.host}/big:1",
+                memory=True,
             )
     finally:
         parts.remove(folder)
