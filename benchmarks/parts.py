@@ -73,8 +73,12 @@ def run(
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This machine's environment without settings of Ekiben's or BentoML's own."""
-    plain = {key: value for key, value in os.environ.items() if not key.startswith(("EKIBEN_", "BENTOML_"))}
+    """This machine's environment without settings of Ekiben's or BentoML's own.
+
+    Both sides may write bytecode, as on any machine where they are installed: a warm cache includes it.
+    """
+    unwanted = ("EKIBEN_", "BENTOML_", "PYTHONDONTWRITEBYTECODE")
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
     return {**plain, "BENTOML_DO_NOT_TRACK": "True", **changes}
 
 
