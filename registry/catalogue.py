@@ -1,13 +1,16 @@
-"""MLflow as a projection: models, versions, tags, metrics and aliases as MLflow's own client and UI show them.
+"""MLflow: models, versions, tags, metrics and aliases as its own client and UI show them, and models of its runs.
 
-The truth is in SQL; this only repeats it. Importing MLflow takes seconds and much memory, so the service runs this
-module as a command, with one JSON object a line: actions on standard input, `{"id": …}` on standard output for each one
-done. Every action can be repeated.
+For the versions the truth is in SQL; MLflow only repeats it. Importing MLflow takes seconds and much memory, so the
+service runs this module as a command, with one JSON object a line: actions on standard input, `{"id": …}` on standard
+output for each one done. Every action can be repeated. `fetch` (registry.runs) answers with what it brought, or with a
+`problem` for the user.
 
     {"id": 7, "action": "version", "name": "churn", "number": 3, "version_id": "01J…", "source": "file:///…",
      "digest": "sha256:…", "kind": "lightgbm", "format": "lightgbm-text", "labels": {…}, "created": 1763…}
     {"id": 8, "action": "alias", "name": "churn", "version_id": "01J…", "alias": "live"}
     {"id": 9, "action": "delete", "name": "churn", "version_id": "01J…"}
+    {"id": 1, "action": "fetch", "run_id": "…" | null, "artifact_path": "…" | null, "model_uri": "…" | null,
+     "into": "/…", "max_bytes": 1000, "max_files": 10}
 """
 
 from __future__ import annotations
@@ -15,8 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from typing import TYPE_CHECKING, Any
+
+from registry import runs
+from registry.errors import EkibenError, InfrastructureError
+from registry.origin import RUN_LABEL
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,7 +71,7 @@ def _create(client: MlflowClient, action: dict[str, Any]) -> None:
         "ekiben.format": action["format"],
         **{key: value[:_LONGEST_TAG] for key, value in action["labels"].items()},
     }
-    run_id = _run(client, action, tags)
+    run_id = _origin(client, action) or _run(client, action, tags)
     made = client.create_model_version(action["name"], source=action["source"], run_id=run_id, tags=tags)
     if str(made.version) != str(action["number"]):
         # Somebody else wrote versions under this name: the tag tells which of ours it is.
@@ -72,10 +80,27 @@ def _create(client: MlflowClient, action: dict[str, Any]) -> None:
         )
 
 
+def _origin(client: MlflowClient, action: dict[str, Any]) -> str | None:
+    """The run that the version came from, where MLflow knows it."""
+    from mlflow.exceptions import MlflowException
+
+    run_id = action["labels"].get(RUN_LABEL)
+    if run_id is None:
+        return None
+    try:
+        return str(client.get_run(run_id).info.run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+    return None  # deleted for good, or a label of the user's own making
+
+
 def _run(client: MlflowClient, action: dict[str, Any], tags: dict[str, str]) -> str | None:
     """A run that holds the labels that are numbers as metrics, where there are any."""
     metrics = {}
     for key, value in action["labels"].items():
+        if key.startswith("mlflow."):
+            continue  # an identity, even where it consists of digits
         try:
             metrics[key] = float(value)
         except ValueError:
@@ -96,15 +121,38 @@ def _run(client: MlflowClient, action: dict[str, Any], tags: dict[str, str]) -> 
     return str(run.info.run_id)
 
 
+def fetch(client: MlflowClient, action: dict[str, Any]) -> dict[str, Any]:
+    """The answer to `fetch`. What is the user's fault is told as such; everything else is MLflow's."""
+    try:
+        return {"fetched": runs.fetch(client, action)}
+    except EkibenError as error:
+        return {"problem": error.problem()}
+    except Exception as error:
+        logging.getLogger(__name__).exception("a model could not be fetched")
+        why = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:300]  # without a password
+        problem = InfrastructureError(
+            "mlflow_unreachable",
+            f"MLflow does not give the model: {type(error).__name__}: {why}",
+            hint="Is the tracking server up, and may this service read its artifacts? mlflow.log tells more.",
+        )
+        return {"problem": problem.problem()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Project versions into MLflow: actions as JSON lines on stdin.")
     parser.add_argument("--uri", required=True, help="MLflow's tracking and registry URI")
     arguments = parser.parse_args()
+    import mlflow
     from mlflow import MlflowClient
 
+    mlflow.set_tracking_uri(arguments.uri)  # some of MLflow's own parts ask for what is set, not for the client's
+    mlflow.set_registry_uri(arguments.uri)
     client = MlflowClient(tracking_uri=arguments.uri, registry_uri=arguments.uri)
     for line in sys.stdin:
         action = json.loads(line)
+        if action["action"] == "fetch":
+            print(json.dumps({"id": action["id"], **fetch(client, action)}), flush=True)
+            continue
         try:
             apply(client, action)
         except Exception as error:  # one that fails is tried again later; the others go on
