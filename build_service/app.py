@@ -33,7 +33,7 @@ from registry import versions
 from registry.database import Database
 from registry.errors import EkibenError
 from registry.kinds import Kinds
-from registry.store import DirectoryStore
+from registry.store import DirectoryStore, ObjectStore
 
 log = structlog.get_logger(__name__)
 
@@ -197,17 +197,17 @@ def _claim(root: Path) -> int:
     return lock
 
 
-def _recover(settings: Settings, database: Database, store: DirectoryStore, owner: str) -> None:
+def _recover(settings: Settings, database: Database, store: ObjectStore, owner: str) -> None:
     """What an earlier service left unfinished: uploads without a version go, work under its lease is free again."""
-    store.sweep_unfinished()
     with database.write() as connection:
         state.release_builds(connection, owner)
         state.release_deployments(connection, settings.ready_seconds)
         known = versions.locations(connection)
-    models = store.root / "models"
-    for folder in models.iterdir() if models.exists() else ():
-        if f"models/{folder.name}" not in known:
-            store.delete(f"models/{folder.name}")
+    # The lock on the state folder says that nobody writes into its objects; of a bucket it says nothing.
+    store.sweep(known, stale=settings.stale_upload_seconds, alone=settings.s3_endpoint is None)
+    for copy in (settings.root / "checkouts" / "models").glob("*"):
+        if f"models/{copy.name}" not in known:
+            shutil.rmtree(copy, ignore_errors=True)
     for work in (settings.root / "builds").glob("*/work"):
         shutil.rmtree(work, ignore_errors=True)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -26,6 +27,10 @@ def _installed_kinds() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("the package 'bentos' is not installed: install the distribution ekiben-server whole")
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _content(file: Path | None) -> str | None:
+    return None if file is None else file.read_text().strip()
 
 
 class Settings(BaseSettings):
@@ -52,6 +57,31 @@ class Settings(BaseSettings):
         None, description="Accept projects with code of their own; default: only when listening on loopback."
     )
     token: str | None = Field(None, description="A first administrator's token; further ones: `ekiben token create`.")
+
+    s3_endpoint: str | None = Field(
+        None, description="URL of an S3 service that keeps the objects, such as https://minio.example:9000; "
+        "default: a folder below the state folder.",
+    )  # fmt: skip
+    s3_bucket: str = Field("ekiben", description="Bucket of this installation alone; made if it is not there.")
+    s3_access_key: str | None = Field(
+        None, description="Access key; default: AWS_*, MINIO_*, ~/.aws/credentials or the machine's role."
+    )
+    s3_secret_key: SecretStr | None = Field(None, description="Its secret key.")
+    s3_access_key_file: Path | None = Field(None, description="File with the access key, instead of the key.")
+    s3_secret_key_file: Path | None = Field(None, description="File with the secret key, instead of the key.")
+    s3_region: str | None = Field(None, description="Region of the bucket; default: asked for.")
+    s3_ca: Path | None = Field(
+        None, description="PEM file of the authority that signed the S3 service's certificate; default: the machine's."
+    )
+    s3_presign_endpoint: str | None = Field(
+        None, description="URL of the same S3 service as builds reach it, where it differs from S3_ENDPOINT."
+    )
+    s3_part_size: int = Field(
+        16 * MIB, ge=5 * MIB, le=GIB, description="Bytes of an upload's first parts; later ones grow with the object."
+    )
+    stale_upload_seconds: float = Field(
+        86400, gt=0, description="Time after which an unfinished upload that stands still is deleted, in seconds."
+    )
 
     max_upload: int = Field(64 * GIB, gt=0, description="Bytes of one upload, after unpacking too.")
     max_files: int = Field(10_000, gt=0, description="Files of one version.")
@@ -104,6 +134,25 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is no URL: use for instance https://ekiben.example")
         return value
 
+    @field_validator("s3_endpoint", "s3_presign_endpoint")
+    @classmethod
+    def _endpoint(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+            raise ValueError("it is no URL such as https://minio.example:9000 (keys have settings of their own)")
+        if parts.path.strip("/") or parts.query or parts.fragment:
+            raise ValueError("it has a path: the bucket's name goes into EKIBEN_S3_BUCKET")
+        return f"{parts.scheme}://{parts.netloc}"
+
+    @field_validator("s3_bucket")
+    @classmethod
+    def _bucket(cls, value: str) -> str:
+        if re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value) is None or ".." in value:
+            raise ValueError("a bucket's name is 3 to 63 of a-z, 0-9, '-' and '.', a letter or digit first and last")
+        return value
+
     @field_validator("database")
     @classmethod
     def _database(cls, value: str | None) -> str | None:
@@ -120,12 +169,41 @@ class Settings(BaseSettings):
             raise ValueError("EKIBEN_MAX_FIELD is larger than EKIBEN_MAX_UPLOAD, of which a field is a part")
         if self.mlflow_uri is not None and not self.mlflow:
             raise ValueError("EKIBEN_MLFLOW_URI is set although EKIBEN_MLFLOW=false: take one of them away")
+        self._check_s3()
         if not self.loopback and not self.token:
             raise ValueError(
                 f"EKIBEN_HOST={self.host} is reachable from other machines, so EKIBEN_TOKEN must be set "
                 "(for instance to the output of `openssl rand -hex 32`)"
             )
         return self
+
+    def _check_s3(self) -> None:
+        if self.s3_endpoint is None:
+            alone = sorted(name for name in self.model_fields_set if name.startswith("s3_") and name != "s3_endpoint")
+            if alone:
+                raise ValueError(f"EKIBEN_{alone[0].upper()} is set, but EKIBEN_S3_ENDPOINT, which uses it, is not")
+            return
+        for key in ("access_key", "secret_key"):
+            if getattr(self, f"s3_{key}") is not None and getattr(self, f"s3_{key}_file") is not None:
+                raise ValueError(
+                    f"EKIBEN_S3_{key.upper()} and EKIBEN_S3_{key.upper()}_FILE are both set: take one away"
+                )
+        given = [getattr(self, f"s3_{key}") or getattr(self, f"s3_{key}_file") for key in ("access_key", "secret_key")]
+        if (given[0] is None) != (given[1] is None):
+            raise ValueError("only one of EKIBEN_S3_ACCESS_KEY and EKIBEN_S3_SECRET_KEY is set: they go together")
+        for file in (self.s3_access_key_file, self.s3_secret_key_file, self.s3_ca):
+            if file is not None and not file.is_file():
+                raise ValueError(f"there is no file {file}, which an EKIBEN_S3_… setting names")
+        urls = [url for url in (self.s3_endpoint, self.s3_presign_endpoint) if url is not None]
+        if self.s3_ca is not None and not any(url.startswith("https:") for url in urls):
+            raise ValueError("EKIBEN_S3_CA is set, but EKIBEN_S3_ENDPOINT is no https URL")
+
+    @property
+    def s3_keys(self) -> tuple[str, SecretStr] | None:
+        """Access and secret key as they are now: a file that was replaced is read again."""
+        access = self.s3_access_key or _content(self.s3_access_key_file)
+        secret = self.s3_secret_key.get_secret_value() if self.s3_secret_key else _content(self.s3_secret_key_file)
+        return (access, SecretStr(secret)) if access and secret else None
 
     @property
     def loopback(self) -> bool:

@@ -1,27 +1,30 @@
 """The object store: named immutable byte strings, written as streams.
 
-`ObjectStore` is one of the two seams of Ekiben. `DirectoryStore` keeps objects as files under one folder; an S3
-implementation has the same few methods. Keys are relative paths with forward slashes.
+`ObjectStore` is one of the two seams of Ekiben. `DirectoryStore` keeps objects as files under one folder;
+`registry.s3_store.S3Store` keeps them in a bucket. Keys are relative paths with forward slashes.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import BinaryIO, Protocol
 
 from ulid import ULID
 
-from registry.errors import InfrastructureError, UserError
+from registry import parts
+from registry.disk import translated
+from registry.errors import UserError
+from registry.parts import FolderUpload, Part, UploadMissing
 
-T = TypeVar("T")
-
-_UNFINISHED = ".unfinished"  # folder of streams that are not committed yet
+UNFINISHED = ".unfinished"  # folder of what is not committed yet; no key may have it
+MODELS = "models"  # folder of the versions' folders
+MANIFEST = "manifest.json"  # written last: without it a version's folder is an unfinished upload
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,60 @@ class ObjectStore(Protocol):
         ...
 
     def checkout(self, prefix: str, into: Path) -> Path:
-        """A local folder that holds the objects below `prefix/`: `into`, or the store's own where it has one.
+        """A local folder that holds the version below `prefix/`: `into`, or the store's own where it has one.
 
         Read-only for the caller.
         """
         ...
+
+    def uri(self, prefix: str) -> str:
+        """Where the objects below `prefix/` are, for other programs: file:// or s3://."""
+        ...
+
+    def begin_parts(self, key: str) -> str:
+        """Begin an upload in parts of the object `key`: the upload's id. See `registry.parts`."""
+        ...
+
+    def put_part(self, upload: str, number: int, data: bytes | bytearray, sha256: str) -> Part:
+        """Keep a part; when this returns it outlives the service. The same part again is fine."""
+        ...
+
+    def parts(self, upload: str) -> Sequence[Part]:
+        """The parts that are kept, in order; UploadMissing or UploadComplete where there are none to list."""
+        ...
+
+    def complete_parts(self, upload: str) -> ObjectInfo:
+        """Publish the parts as the object in one step. Fine when that was done before, until `end_parts`."""
+        ...
+
+    def end_parts(self, upload: str) -> None:
+        """Forget the upload, with its parts if they are not complete. Harmless where there is none."""
+        ...
+
+    def sweep(self, versions: Collection[str], *, stale: float, alone: bool) -> None:
+        """Delete what was left unfinished: streams, and uploads in parts that stood still for `stale` seconds, and
+        folders of models/ that are no version's (`versions`: the locations of all). `alone`: the caller knows that
+        nothing is being written at the moment."""
+        ...
+
+
+class Presigning(Protocol):
+    """What a store can do besides when it is reached by HTTP: URLs that work without credentials, for a while."""
+
+    def presign_get(self, key: str, seconds: int) -> str:
+        """A URL to read the object."""
+        ...
+
+    def presign_put(self, key: str, seconds: int) -> str:
+        """A URL to write the object, in one request."""
+        ...
+
+
+def check_key(key: str) -> str:
+    """The key itself if it stays inside the store; ValueError otherwise."""
+    if "\0" in key or any(part in ("", ".", "..", UNFINISHED) for part in key.split("/")):
+        raise ValueError(f"not an object key: {key!r}")
+    return key
 
 
 class DirectoryStore:
@@ -93,10 +145,10 @@ class DirectoryStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        (root / _UNFINISHED).mkdir(parents=True, exist_ok=True)
+        (root / UNFINISHED).mkdir(parents=True, exist_ok=True)
 
     def writer(self, key: str) -> DirectoryWriter:
-        return DirectoryWriter(self._path(key), key, self.root / _UNFINISHED / str(ULID()))
+        return DirectoryWriter(self._path(key), key, self.root / UNFINISHED / str(ULID()))
 
     def open(self, key: str) -> BinaryIO:
         try:
@@ -106,24 +158,18 @@ class DirectoryStore:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         # Only the deepest whole folder of the prefix has to be walked.
-        top = self.root / prefix.rpartition("/")[0]
-        for folder, folders, files in os.walk(top):
-            folders.sort()
-            with suppress(ValueError):
-                folders.remove(_UNFINISHED)
-            for name in sorted(files):
-                path = Path(folder, name)
-                key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix):
-                    with suppress(FileNotFoundError):
-                        stat = path.stat()
-                        yield ObjectInfo(key, stat.st_size, stat.st_mtime)
+        for path in _files(self.root / prefix.rpartition("/")[0]):
+            key = path.relative_to(self.root).as_posix()
+            if key.startswith(prefix):
+                with suppress(FileNotFoundError):
+                    stat = path.stat()
+                    yield ObjectInfo(key, stat.st_size, stat.st_mtime)
 
     def delete(self, prefix: str) -> None:
         path = self._path(prefix)
         if path.is_dir():
             # The manifest goes first: what is left of a deletion that was cut short is an unfinished upload.
-            (path / "manifest.json").unlink(missing_ok=True)
+            (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -139,41 +185,96 @@ class DirectoryStore:
     def checkout(self, prefix: str, into: Path) -> Path:
         return self._path(prefix)
 
-    def sweep_unfinished(self) -> None:
-        """Delete streams that no process writes any more; called before any writer exists."""
-        for path in (self.root / _UNFINISHED).iterdir():
-            path.unlink(missing_ok=True)
+    def uri(self, prefix: str) -> str:
+        return self._path(prefix).absolute().as_uri()
+
+    def begin_parts(self, key: str) -> str:
+        self._path(key)
+        upload = parts.new_id()
+        FolderUpload.begin(self.root / UNFINISHED / f"{upload}.parts", upload, key)
+        return upload
+
+    def put_part(self, upload: str, number: int, data: bytes | bytearray, sha256: str) -> Part:
+        parts.check_content(data, sha256)
+        return self._upload(upload).put(number, data, sha256)
+
+    def parts(self, upload: str) -> Sequence[Part]:
+        return self._upload(upload).parts()
+
+    def complete_parts(self, upload: str) -> ObjectInfo:
+        under_way = self._upload(upload)
+        path = self._path(under_way.key)
+        under_way.complete(path)
+        stat = path.stat()
+        return ObjectInfo(under_way.key, stat.st_size, stat.st_mtime)
+
+    def end_parts(self, upload: str) -> None:
+        with suppress(UploadMissing):
+            self._upload(upload).end()
+
+    def sweep(self, versions: Collection[str], *, stale: float, alone: bool) -> None:
+        limit = time.time() - stale
+        awaited = set()
+        for path in (self.root / UNFINISHED).iterdir():
+            with suppress(FileNotFoundError):
+                if path.suffix == ".parts":
+                    under_way = FolderUpload(path, path.stem)
+                    if under_way.touched <= limit:
+                        under_way.end()
+                    else:
+                        awaited.add(under_way.key)
+                elif path.is_dir():  # of an upload in parts that was just beginning
+                    if alone or path.stat().st_mtime <= limit:
+                        shutil.rmtree(path, ignore_errors=True)
+                elif alone or path.stat().st_mtime <= limit:
+                    path.unlink(missing_ok=True)
+        models = self.root / MODELS
+        for folder in models.iterdir() if alone and models.exists() else ():
+            location = f"{MODELS}/{folder.name}"
+            if location not in versions and not any(key.startswith(f"{location}/") for key in awaited):
+                self.delete(location)
+
+    def _upload(self, upload: str) -> FolderUpload:
+        return FolderUpload(self.root / UNFINISHED / f"{parts.check_id(upload)}.parts", upload)
 
     def _path(self, key: str) -> Path:
-        parts = key.split("/")
-        if not key or key.startswith("/") or "\0" in key or any(part in ("", ".", "..", _UNFINISHED) for part in parts):
-            raise ValueError(f"not an object key: {key!r}")
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*check_key(key).split("/"))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below the folder, in order of their paths as text: `a.txt` comes before `a/b`."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        entries = [(f"{entry.name}/" if entry.is_dir() else entry.name, entry) for entry in os.scandir(folder)]
+        for name, entry in sorted(entries, key=lambda pair: pair[0]):
+            if not name.endswith("/"):
+                yield Path(entry.path)
+            elif name != f"{UNFINISHED}/":
+                yield from _files(Path(entry.path))
 
 
 class DirectoryWriter:
     def __init__(self, path: Path, key: str, temporary: Path) -> None:
         self._path, self._key, self._temporary = path, key, temporary
-        self._file = _translated(key, lambda: open(temporary, "xb", buffering=0))  # noqa: SIM115 - closed by commit/abort
+        self._file = translated(key, lambda: open(temporary, "xb", buffering=0))  # noqa: SIM115 - closed by commit/abort
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
-            written = _translated(self._key, lambda view=view: self._file.write(view))  # type: ignore[misc]
+            written = translated(self._key, lambda view=view: self._file.write(view))  # type: ignore[misc]
             view = view[written:]
 
     def commit(self, *, if_absent: bool = False) -> ObjectInfo:
         try:
-            _translated(self._key, lambda: os.fsync(self._file.fileno()))
+            translated(self._key, lambda: os.fsync(self._file.fileno()))
             self._file.close()
-            _translated(self._key, lambda: self._path.parent.mkdir(parents=True, exist_ok=True))
+            translated(self._key, lambda: self._path.parent.mkdir(parents=True, exist_ok=True))
             if if_absent:
                 try:
-                    _translated(self._key, lambda: os.link(self._temporary, self._path))
+                    translated(self._key, lambda: os.link(self._temporary, self._path))
                 except FileExistsError:
                     raise ObjectExists(self._key) from None
             else:
-                _translated(self._key, lambda: os.replace(self._temporary, self._path))
+                translated(self._key, lambda: os.replace(self._temporary, self._path))
         finally:
             self.abort()
         stat = self._path.stat()
@@ -182,17 +283,3 @@ class DirectoryWriter:
     def abort(self) -> None:
         self._file.close()
         self._temporary.unlink(missing_ok=True)
-
-
-def _translated(key: str, action: Callable[[], T]) -> T:
-    try:
-        return action()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InfrastructureError(
-                "disk_full",
-                f"The object store has no room left for {key!r}.",
-                hint="Free some space or point EKIBEN_HOME at a larger disk, then send the upload again.",
-                status=507,
-            ) from error
-        raise

@@ -128,7 +128,7 @@ def test_streams_of_a_service_that_died_are_swept(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     store.writer("a").write(b"half")
     assert len(list((tmp_path / ".unfinished").iterdir())) == 1
-    DirectoryStore(tmp_path).sweep_unfinished()
+    DirectoryStore(tmp_path).sweep((), stale=3600, alone=True)
     assert list((tmp_path / ".unfinished").iterdir()) == []
     assert list(store.list("")) == []
 
