@@ -7,7 +7,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import asynccontextmanager, closing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request, Response
@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, StreamingResponse
 from ulid import ULID
 
-from build_service import identity, intake, metrics, shapes, state, views
+from build_service import identity, imports, intake, metrics, shapes, state, views
 from build_service.platform import Platform
 from build_service.reconciler import Reconciler
 from build_service.settings import Settings
@@ -55,6 +55,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     **_problem(415, "Not a form"),
     **_problem(421, "Foreign host"),
     **_problem(422, "Invalid"),
+    **_problem(503, "MLflow or the database does not answer"),
     **_problem(507, "Disk full"),
 }
 
@@ -76,6 +77,7 @@ class Service:
         self.settings, self.database, self.store, self.kinds = settings, database, store, kinds
         self.platform, self.reconciler, self._links = platform, reconciler, links
         self._forget = forget
+        self._importer = imports.Importer(settings)
 
     @property
     def links(self) -> views.Links:
@@ -92,6 +94,17 @@ class Service:
             settings.max_upload, settings.max_files, settings.max_field, settings.min_free_disk, settings.root
         )
         return intake.Intake(self.store, self.kinds, limits)
+
+    @asynccontextmanager
+    async def fetched(self, taken: intake.Intake, request: Request) -> AsyncIterator[None]:
+        """An intake with its files, which it may have to get from MLflow first."""
+        source = taken.source()
+        if source is None:
+            yield
+            return
+        async with self._importer.fetched(source, request.is_disconnected) as imported:
+            await run_in_threadpool(taken.take, imported)
+            yield
 
     def live_signature(self, name: str) -> Signature | None:
         """Signature of the version that a deployment of this name serves."""
@@ -176,12 +189,15 @@ def router(service: Service) -> APIRouter:
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
-                        "required": ["file"],
+                        "description": "A model: `file`, or `run_id` (and `artifact_path`) or `model_uri` of MLflow.",
                         "properties": {
                             "file": {
                                 "type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
                                 "description": "The model's files, or one archive.",
                             },
+                            "run_id": {"type": "string", "description": "A run of MLflow, in place of a file."},
+                            "artifact_path": {"type": "string", "description": "Default: the run's one model."},
+                            "model_uri": {"type": "string", "description": "models:/NAME/VERSION, models:/NAME@ALIAS"},
                             "name": {"type": "string", "maxLength": 40, "description": "Default: the file's stem."},
                             "kind": {"type": "string", "description": "Default: found from the content."},
                             "sample": {"type": "string", "description": "JSON: rows, or a request body."},
@@ -208,8 +224,8 @@ def router(service: Service) -> APIRouter:
         response: Response,
         wait: Annotated[float, Query(ge=0, le=_LONGEST_WAIT, description="Seconds to hold the answer.")] = 0,
     ) -> shapes.VersionView:
-        """Upload a model: multipart form, or a raw body with ?name=&filename=. Answers before it is built, unless
-        ?wait= is given."""
+        """Upload a model: multipart form, or a raw body with ?name=&filename=; or name one of MLflow's in place of a
+        file. Answers before it is built, unless ?wait= is given."""
         taken = service.new_intake()
         declared = request.headers.get("content-length", "")
         try:
@@ -222,7 +238,8 @@ def router(service: Service) -> APIRouter:
                 service.settings.max_upload,
                 service.settings.upload_idle_seconds,
             )
-            complete = await run_in_threadpool(taken.finish, service.live_signature, service.settings.allow_code)
+            async with service.fetched(taken, request):
+                complete = await run_in_threadpool(taken.finish, service.live_signature, service.settings.allow_code)
             view, new = await run_in_threadpool(service.register, complete, taken.keep)
         except BaseException as error:
             # A cancelled request or a client that went away too: nothing of it stays.
@@ -412,8 +429,14 @@ def router(service: Service) -> APIRouter:
     )
     def deployment_logs(name: str, follow: bool = False) -> Response:
         with database.read() as connection:
-            state.need_deployment(connection, name)
-        return _lines(lambda: service.platform.serving_log(name, follow=follow))
+            made = state.need_deployment(connection, name).created
+
+        def deleted() -> bool:
+            with database.read() as connection:
+                found = state.deployment(connection, name)
+            return found is None or found.created != made
+
+        return _lines(lambda: service.platform.serving_log(name, follow=follow, ended=deleted))
 
     @api.post("/deployments/{name}/rollback", tags=["deployments"], operation_id="roll_back")
     def rollback(name: str, wanted: Annotated[shapes.RollbackRequest | None, Body()] = None) -> shapes.DeploymentView:

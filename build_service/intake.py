@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import parse_qsl
 
 import python_multipart
 from python_multipart.exceptions import FormParserError
@@ -23,10 +24,12 @@ from starlette.concurrency import run_in_threadpool
 from ulid import ULID
 
 from build_service import metrics
+from build_service.imports import Imported
 from registry import archive, digest, formats, signature
 from registry.errors import EkibenError, InfrastructureError, UserError
 from registry.kinds import Kinds
 from registry.manifest import Attachment, File, Manifest, check_name, check_path, collision_key, name_from_filename
+from registry.origin import Source
 from registry.store import ObjectStore, Writer
 
 _BATCH = 1024 * 1024  # bytes handed to the worker thread at a time
@@ -34,11 +37,16 @@ _CHUNK = 1024 * 1024
 _PIECE = 128 * 1024  # bytes below which parts of a form are not written one by one
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
 _LONGEST_PART_HEADERS = 16 * 1024
+_LONGEST_FIELDS = 4 * 1024 * 1024  # of a form that is no multipart: the sample is its largest
 _PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 FILE_FIELDS = ("file",)
 PROJECT = formats.project.KIND
 # Small texts that may come as a field or as a file.
-TEXT_FIELDS = ("name", "kind", "sample", "expected", "requirements", "python", "labels", "deploy", "force")
+TEXT_FIELDS = (
+    "name", "kind", "sample", "expected", "requirements", "python", "labels", "deploy", "force",
+    "run_id", "artifact_path", "model_uri",
+)  # fmt: skip
+_ORIGIN_FIELDS = ("run_id", "artifact_path", "model_uri")
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,14 @@ class Upload:
     seconds: float
 
 
+# How each of MLflow's flavours writes a model as data, for those that it writes as code.
+_LOGGED_AS_DATA = {
+    "sklearn": "Log it as data: mlflow.sklearn.log_model(model, name='model', serialization_format='skops').",
+    "lightgbm": "Log its booster: mlflow.lightgbm.log_model(model.booster_, name='model').",
+    "xgboost": "Log it as data: mlflow.xgboost.log_model(model, name='model', model_format='ubj').",
+}
+
+
 @dataclass
 class _Text:
     value: bytearray = field(default_factory=bytearray)
@@ -88,6 +104,7 @@ class Intake:
         self._total = 0
         self._started = time.monotonic()
         self._filename: str | None = None
+        self._imported: Imported | None = None
         self._kept = False
 
     # --- what arrives -----------------------------------------------------------------------------------------------
@@ -160,6 +177,56 @@ class Intake:
             )
         text.value.extend(data)
 
+    def source(self) -> Source | None:
+        """Where in MLflow the model is, for an upload that names that in place of files."""
+        run_id, path, uri = (self._text(name) for name in _ORIGIN_FIELDS)
+        if run_id is None and path is None and uri is None:
+            return None
+        if self._files:
+            raise UserError(
+                "file_and_run",
+                "There are both a file and a run or model of MLflow.",
+                field="file",
+                hint="Send the file, or name where it is in MLflow.",
+            )
+        found = Source.of(run_id, path, uri)
+        if (name := self._text("name")) is not None:
+            check_name(name)
+        return found
+
+    def take(self, imported: Imported) -> None:
+        """The files of a model that was fetched, as if they had been uploaded; what the user gave along wins."""
+        self._imported = imported
+        if self._text("name") is None and imported.name is None:
+            raise UserError(
+                "missing_name",
+                "What this model is called in MLflow is no name for an endpoint.",
+                field="name",
+                hint="Add name=…, for instance name=churn.",
+            )
+        self._filename = imported.name
+        top = imported.folder / "files"
+        for path in sorted(path for path in top.rglob("*") if path.is_file()):
+            name = path.relative_to(top).as_posix()
+            self._open(check_path(name, code="bad_filename", field="artifact_path"))
+            with path.open("rb") as stream:
+                while chunk := stream.read(_CHUNK):
+                    self.write(chunk)
+            self.end_file()
+            path.unlink()  # a large model is not on the disk twice for longer than it must be
+        own_sample = "sample" in self._texts
+        for field_name in ("sample", "expected"):
+            kept = imported.folder / f"{field_name}.json"
+            if not own_sample and kept.exists():
+                self._attach_text(field_name, kept.read_bytes())
+        if imported.kind is not None:
+            self._attach_text("kind", imported.kind.encode())
+
+    def _attach_text(self, name: str, value: bytes) -> None:
+        if name not in self._texts and len(value) <= self._limits.field:
+            self.begin_text(name, None)
+            self.write_text(name, value)
+
     def _check_disk(self, coming: int) -> None:
         free = shutil.disk_usage(self._limits.folder).free
         if free - coming < self._limits.min_free_disk:
@@ -183,7 +250,7 @@ class Intake:
             )
         name = self._name()
         self._expand_archive()
-        recognised = formats.recognise([(file.path, file.size) for file in self._files], self._open_stored)
+        recognised = self._recognise()
         kind = formats.choose_kind(recognised, self._kinds, self._text("kind"))
         if kind == PROJECT and not allow_code:
             raise UserError(
@@ -197,12 +264,14 @@ class Intake:
         sample, expected = self._samples(generic)
         if generic and recognised.signature is not None and sample is not None:
             signature.check_sample(recognised.signature, sample)
+        if generic and sample is None:
+            sample = self._example(recognised.signature)
         force = self._flag("force", False)
         if not force and recognised.signature is not None:
             live = compatible_with(name)
             if live is not None:
                 signature.check_compatible(live, recognised.signature)
-        labels = self._labels()
+        labels = {**self._labels(), **(self._imported.labels if self._imported else {})}
         deploy = self._flag("deploy", True)
         manifest = Manifest(
             kind=kind,
@@ -236,6 +305,30 @@ class Intake:
 
     def _open_stored(self, path: str) -> BinaryIO:
         return self._store.open(f"{self.location}/files/{path}")
+
+    def _recognise(self) -> formats.Recognised:
+        try:
+            return formats.recognise([(file.path, file.size) for file in self._files], self._open_stored)
+        except UserError as error:
+            if self._imported is None or error.code not in ("pickle_refused", "skops_untrusted_type"):
+                raise
+            way = _LOGGED_AS_DATA.get(self._imported.flavour or "", "")
+            raise UserError(
+                error.code, error.detail, field="run_id", hint=f"{way} {error.hint or ''}".strip(), status=error.status
+            ) from error
+
+    def _example(self, known: signature.Signature | None) -> Any:
+        """MLflow's input example, if it is what this model takes; nobody asked for it, so it is no error if not."""
+        path = self._imported.folder / "example.json" if self._imported is not None else None
+        if path is None or known is None or not path.exists() or path.stat().st_size > self._limits.field:
+            return None
+        try:
+            example = json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
+            digest.canonical_json(example)
+            signature.check_sample(known, example)
+            return example
+        except (ValueError, RecursionError, UserError):
+            return None
 
     def _name(self) -> str:
         given = self._text("name")
@@ -514,6 +607,52 @@ class _Form:
         self._ended = True
 
 
+class _Fields:
+    """A form without files: curl -d run_id=… -d name=churn."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._body = bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._body += data
+        if len(self._body) > _LONGEST_FIELDS:
+            raise _no_file()
+
+    def finish(self) -> None:
+        try:
+            pairs = parse_qsl(self._body.decode(), keep_blank_values=True, errors="strict", max_num_fields=100)
+        except ValueError:  # half of a character too
+            raise _no_file() from None
+        if not any(name in _ORIGIN_FIELDS for name, _ in pairs):
+            raise _no_file()
+        for name, value in pairs:
+            self._intake.begin_text(name, None)
+            self._intake.write_text(name, value.encode())
+
+
+def _no_file() -> UserError:
+    return UserError(
+        "not_an_upload",
+        "A form without files was sent.",
+        hint="Use multipart: curl -F file=@model.txt URL/models, or --data-binary with a Content-Type of its own.",
+        status=415,
+    )
+
+
+class _Nothing:
+    """No body is wanted: the query says where in MLflow the model is."""
+
+    def write(self, data: bytes) -> None:
+        raise UserError(
+            "file_and_run", "There are both a body and a run or model of MLflow.", field="file",
+            hint="Send the file, or name where it is in MLflow.",
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        pass
+
+
 class _Raw:
     """A body that is the file itself, with everything else in the query."""
 
@@ -560,33 +699,29 @@ async def receive(
     if length is not None and length > most:
         raise _too_large(limit)
     media, options = python_multipart.multipart.parse_options_header(content_type)
-    sink: _Form | _Raw
+    sink: _Form | _Fields | _Nothing | _Raw
     if media == b"multipart/form-data":
         boundary = options.get(b"boundary", b"")
         if not 1 <= len(boundary) <= 256:
             raise UserError("bad_form", "The Content-Type names no usable boundary.", field="content-type", status=400)
         sink = _Form(intake, boundary)
     elif media == b"application/x-www-form-urlencoded":
-        raise UserError(
-            "not_an_upload",
-            "A form without files was sent.",
-            hint="Use multipart: curl -F file=@model.txt URL/models, or --data-binary with a Content-Type of its own.",
-            status=415,
-        )
+        sink = _Fields(intake)
     else:
         for name in TEXT_FIELDS:
             if name in query:
                 intake.begin_text(name, None)
                 intake.write_text(name, query[name].encode())
         filename = query.get("filename") or query.get("name")
-        if not filename:
+        from_mlflow = any(name in query for name in _ORIGIN_FIELDS)
+        if not filename and not from_mlflow:
             raise UserError(
                 "missing_filename",
                 "A raw body needs a name.",
                 field="filename",
                 hint="POST /models?name=churn&filename=churn.txt",
             )
-        sink = await run_in_threadpool(_Raw, intake, filename)
+        sink = _Nothing() if from_mlflow else await run_in_threadpool(_Raw, intake, filename or "")
     batch = bytearray()
     seen = 0
     # The network is read while the bytes before are hashed and written: at most two batches are held.

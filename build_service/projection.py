@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from typing import Any
 import structlog
 from sqlalchemy import delete, func, select, update
 
-from build_service import metrics, processes, state
+from build_service import metrics, state
+from build_service.catalogue_command import CatalogueCommand
 from registry import versions
 from registry.database import Database, now
 
@@ -29,7 +28,7 @@ class Projection:
     def __init__(self, database: Database, root: Path, objects: Path, uri: str) -> None:
         self._database, self._root, self._objects, self._uri = database, root, objects, uri
         self._stop = threading.Event()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: CatalogueCommand | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-projection", daemon=True)
 
     def start(self) -> None:
@@ -38,10 +37,8 @@ class Projection:
     def close(self) -> None:
         self._stop.set()
         child = self._child
-        if (
-            child is not None and child.returncode is None
-        ):  # whatever it did not answer for is done again by the next service
-            processes.kill_group(child.pid)
+        if child is not None:  # whatever it did not answer for is done again by the next service
+            child.kill()
         self._thread.join()
 
     def _run(self) -> None:
@@ -102,29 +99,15 @@ class Projection:
         }
 
     def _command(self, actions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-        log_file = self._root / "mlflow.log"
-        if log_file.exists() and log_file.stat().st_size > 1 << 20:
-            log_file.unlink()
-        with log_file.open("ab") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "registry.catalogue", "--uri", self._uri],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-            )
-            record = processes.record(self._root / "processes", process.pid)
-            self._child = process
-            body = "".join(json.dumps(action) + "\n" for action in actions)
+        body = "".join(json.dumps(action) + "\n" for action in actions)
+        with CatalogueCommand(self._root, self._uri) as command:
+            self._child = command
             try:
-                out, _ = process.communicate(body.encode(), timeout=_TIMEOUT)
+                out, _ = command.process.communicate(body.encode(), timeout=_TIMEOUT)
             except subprocess.TimeoutExpired:
-                processes.kill_group(process.pid)
-                out, _ = process.communicate()
+                command.kill()
+                out, _ = command.process.communicate()
             finally:
                 self._child = None
-                record.unlink(missing_ok=True)
         # The last line of a command that was ended may be half of one.
         return [json.loads(line) for line in out.splitlines() if line.startswith(b"{") and line.endswith(b"}")]

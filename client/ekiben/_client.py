@@ -76,8 +76,11 @@ class Client:
 
     def upload(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Path] = (),
         *,
+        run_id: str | None = None,
+        artifact_path: str | None = None,
+        model_uri: str | None = None,
         name: str | None = None,
         kind: str | None = None,
         sample: Any = None,
@@ -92,12 +95,17 @@ class Client:
     ) -> dict[str, Any]:
         """Send files as a version and return it as soon as it is stored; building and rolling out go on.
 
+        In place of files, `run_id` (with `artifact_path` where the run has several models) or `model_uri` names a model
+        in the server's MLflow, which the server fetches itself.
         `prepared` is called once with the bytes of the whole body. The same content again gives the version that is
         there already, which is why a lost connection may be tried a second time.
         """
         form = _upload.form(
             paths,
             fields={
+                "run_id": run_id,
+                "artifact_path": artifact_path,
+                "model_uri": model_uri,
                 "name": name,
                 "kind": kind,
                 "python": python,
@@ -111,7 +119,7 @@ class Client:
         if prepared is not None:
             prepared(form.size)
         headers = {"Content-Type": form.content_type, "Content-Length": str(form.size)}
-        what = f"the upload of {paths[0]}"
+        what = f"the upload of {paths[0] if paths else run_id or model_uri}"
         for attempt in (1, 2):
             try:
                 answer = self._send(

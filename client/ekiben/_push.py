@@ -30,7 +30,8 @@ def push(
 ) -> Deployment:
     """Serve a model and return its endpoint once it is live.
 
-    `model` is a trained model (LightGBM, XGBoost, scikit-learn, ONNX) or the path of a model file or project folder.
+    `model` is a trained model (LightGBM, XGBoost, scikit-learn, ONNX), the path of a model file or project folder, or
+    the URI of a model in the server's MLflow: `runs:/RUN_ID/model`, `models:/churn/3`, or `model_info.model_uri`.
     `sample` is some rows it can predict (a pandas DataFrame, a NumPy array, a list): a model object predicts them here,
     and the version goes live only if the served model gives the same. `expected` overrides these outputs; for a file it
     is what the sample should give. `requirements` is a requirements file, a pylock.toml, a uv.lock, or a list of
@@ -44,8 +45,9 @@ def push(
     """
     connected = client or Client(url)
     with tempfile.TemporaryDirectory(prefix="ekiben-") as folder:
+        uri = model if isinstance(model, str) and model.startswith(("runs:/", "models:/")) else None
         if isinstance(model, (str, os.PathLike)):
-            paths: tuple[Path, ...] = (Path(model).expanduser(),)
+            paths: tuple[Path, ...] = () if uri else (Path(model).expanduser(),)
             body = None if sample is None else _document(sample)
             outputs = None if expected is None else _answers(expected)
         else:
@@ -58,6 +60,7 @@ def push(
             outputs = exported.expected if expected is None else _answers(expected)
         version = connected.upload(
             paths,
+            model_uri=uri,
             name=name,
             kind=kind,
             sample=body,

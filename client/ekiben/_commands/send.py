@@ -23,7 +23,18 @@ def add(app: typer.Typer) -> None:
 
 def push(
     ctx: typer.Context,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Model file(s), an archive, or a folder.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PATH]...", help="Model file(s), an archive, or a folder.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUN_ID", help="A run of the server's MLflow, in place of a file.")
+    ] = None,
+    artifact_path: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Which artifact of the run; else its one model.")
+    ] = None,
+    model_uri: Annotated[
+        str | None, typer.Option(metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS of MLflow.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model; else the file's stem.")] = None,
     kind: Annotated[
         str | None, typer.Option(help="How to serve it; else found from the content. See ekiben kinds.")
@@ -58,22 +69,31 @@ def push(
     ekiben push churn-v2.txt --name churn          # 0 failed requests while it rolls
     ekiben push model.onnx model.onnx.data         # files that belong together
     ekiben push my-project/                        # a folder with bentofile.yaml: your own code
+    ekiben push --run RUN_ID --name churn          # the model of a training run in MLflow
 
     The model goes live only if it answers the sample, and where expected values are given, with those. A sample file
     may hold them itself: {"inputs": [...], "outputs": [...]}.
     """
     from ekiben import _documents
 
+    paths = paths or []
+    if paths and (run or artifact_path or model_uri):
+        raise UsageError(
+            "there are both a file and a run or model of MLflow", code="file_and_run", field="file", hint="give one"
+        )
     labels = _labels(label or [])
     body, answers = (None, None) if sample is None else _documents.sample(sample)
     if expected is not None:
         answers = _documents.expected(expected)
     with session(ctx, url, as_json) as (client, out):
-        title = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
+        title = paths[0].name if len(paths) == 1 else f"{len(paths)} files" if paths else str(run or model_uri)
         try:
             with out.uploading(title) as (total, sent):
                 version = client.upload(
                     paths,
+                    run_id=run,
+                    artifact_path=artifact_path,
+                    model_uri=model_uri,
                     name=name,
                     kind=kind,
                     sample=body,
