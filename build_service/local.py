@@ -25,7 +25,7 @@ from typing import Any
 import structlog
 
 from build_service import processes
-from build_service.logs import lines
+from build_service.logs import followed, lines, printed
 from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, RevisionOrder
 from build_service.quantities import parse_memory
 from build_service.routes import RouteTable, Upstream
@@ -230,18 +230,22 @@ class LocalPlatform:
                     self._drain(replica)
         self._wake_watch.set()
 
-    def serving_log(self, deployment: str, *, follow: bool) -> Iterator[str]:
+    def serving_log(self, deployment: str, *, follow: bool, ended: Callable[[], bool]) -> Iterator[str]:
         folder = self._root / "deployments" / deployment
-        newest = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime_ns)
-        if not newest:
-            return iter(())
 
-        def finished() -> bool:
+        def files() -> list[Path]:
+            return list(folder.glob("*.log"))
+
+        def written() -> set[Path]:
             with self._lock:
                 served = self._served.get(deployment)
-                return served is None or not any(replica.log == newest[-1] for replica in served.replicas)
+                replicas = [*(served.replicas if served else ()), *self._ending]
+                return {replica.log for replica in replicas if replica.order.deployment == deployment}
 
-        return lines(newest[-1], follow=follow, finished=finished)
+        if follow:
+            return followed(files, written, _log_title, ended=ended)
+        newest = sorted(files())[-1:]
+        return printed(sorted(written() & set(files())) or newest, _log_title)
 
     def close(self) -> None:
         """End every process: serving ones get a moment to finish their requests."""
@@ -540,6 +544,13 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def _log_title(path: Path) -> str:
+    """Which process a log is of, for its reader: the file's name is its revision and when it started."""
+    revision, _, started = path.stem.partition("-")
+    time_of_day = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(started) / 1e9))
+    return f"==> revision {int(revision)}, process started {time_of_day} <=="
 
 
 def _progress(path: Path) -> list[dict[str, Any]]:

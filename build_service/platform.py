@@ -6,7 +6,7 @@ applied changes nothing, deleting what is gone is fine. None of them waits for w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -103,6 +103,9 @@ class Platform(Protocol):
         """Lines of the newest attempt; with `follow`, until it ends. An empty string is a heartbeat."""
         ...
 
-    def serving_log(self, deployment: str, *, follow: bool) -> Iterator[str]: ...
+    def serving_log(self, deployment: str, *, follow: bool, ended: Callable[[], bool]) -> Iterator[str]:
+        """Lines of the deployment's processes as they are now. With `follow`, their last lines and then those of every
+        process that follows (rollouts, restarts), until `ended()`. An empty string is a heartbeat."""
+        ...
 
     def close(self) -> None: ...

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -29,7 +32,14 @@ def app() -> typer.Typer:
 
 
 def main() -> None:
-    app()()
+    try:
+        app()()
+    except KeyboardInterrupt:  # between two of Typer's own places for it
+        sys.exit(130)
+    finally:
+        # From here on the interpreter only ends: an interrupt that comes now is too late to change anything.
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _print_version(wanted: bool) -> None:

@@ -176,6 +176,36 @@ def test_followers_of_logs_do_not_hold_up_the_service(server: Home, model: Model
     until(lambda: not [file for file in process.open_files() if file.path.endswith(".log") and "deploy" in file.path])
 
 
+def test_a_followed_log_goes_on_through_a_rollout_and_a_crash_until_the_deployment_is_deleted(
+    server: Home, model: Model, rows: Rows, until: Until
+) -> None:
+    server.upload(model(1), "followed.txt", sample=rows)
+    seen: list[str] = []
+
+    def follow() -> None:
+        with (
+            server.http(timeout=None) as client,
+            client.stream("GET", "/deployments/followed/logs?follow=true") as answer,
+        ):
+            for line in answer.iter_lines():
+                seen.append(line)
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    until(lambda: [line for line in seen if "golden sample" in line], lambda: str(seen))
+    server.upload(model(2), "followed.txt", sample=rows)
+    until(lambda: [line for line in seen if line.startswith("==> revision 2, ")], lambda: str(seen))
+    until(lambda: len(serving(server, "followed")) == 1)
+    before = serving(server, "followed")[0].pid
+    os.kill(before, signal.SIGKILL)
+    until(lambda: server.predict("followed", rows).status_code == 200)
+    until(lambda: len([line for line in seen if line.startswith("==> revision 2, ")]) == 2, lambda: str(seen))
+    assert follower.is_alive()
+    server.call("DELETE", "/deployments/followed", 204)
+    follower.join(60)
+    assert not follower.is_alive(), "there is nothing left to follow"
+
+
 def test_bodies_of_calls_are_bounded_however_they_come(server: Home, model: Model, rows: Rows, home: Home) -> None:
     home.start(inference_body="100000")
     home.upload(model(1), sample=rows)

@@ -246,6 +246,21 @@ def test_following_a_log_ends_with_the_interrupt(server: Running, deployed: ekib
     assert rest == "interrupted\n"
 
 
+def test_an_interrupt_that_comes_while_the_command_ends_is_no_traceback() -> None:
+    late = (
+        "import atexit, os, signal, sys\n"
+        "from ekiben.__main__ import main\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.argv = ['ekiben', '--version']\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", late], capture_output=True, text=True, check=False, preexec_fn=_interruptible
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ekiben ")
+
+
 def test_json_everywhere_is_one_value_on_stdout(server: Running, deployed: ekiben.Deployment) -> None:
     build = deployed.pushed["build"] if deployed.pushed else ""
     for arguments in (
