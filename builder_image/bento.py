@@ -13,11 +13,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import stat
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from builder_image import sandbox
 from builder_image.environment import Environment, made_once
 from builder_image.installer import Tools
 from builder_image.lock import Lock, canonicalize_name
@@ -27,7 +30,11 @@ from registry.errors import InfrastructureError, UserError
 FORMAT = 1
 INSPECT_SECONDS = 120.0
 INSPECT_MEMORY = 16 << 30
+NETWORK = "EKIBEN_INSPECT_NETWORK"
+"""`allow`: a service is imported with the network."""
 _LARGEST_ANSWER = 16 << 20
+_DEEPEST = 100
+_WORTH_A_LINK = 1 << 20
 _IMPORT_HINT = "run `bentoml build` in the project's folder to see the same error"
 _LEFT_OUT = ("__pycache__", ".git", ".venv", "venv", ".DS_Store", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 _CODE = {".py", ".toml", ".json", ".html", ".md", ".txt", ".in", ".yaml"}
@@ -135,47 +142,70 @@ def _predict(recipe: Recipe, schema: Mapping[str, Any]) -> str:
 def ensure(recipe: Recipe, *, environment: Environment, cache: Path, work: Path, tools: Tools) -> Bento:
     """The Bento of a recipe, made when it is not there yet; this is where a service is imported.
 
-    Raises UserError `service_import_failed`, `service_not_found`, `inspect_timeout`,
-    `needs_dockerfile`, `needs_model_store`.
+    Raises as `ask` and `made`.
+    """
+    return made(recipe, lambda: ask(recipe, environment, work, tools), cache)
+
+
+def made(recipe: Recipe, answer: Callable[[], Mapping[str, Any]], cache: Path) -> Bento:
+    """The Bento of a recipe, written of its files and of what its service said of itself when it was asked.
+
+    Raises UserError `needs_dockerfile`, `bad_python`, `bad_requirements`, `bad_project`.
     """
     if (known := find(cache, recipe)) is not None:
         return known
     with made_once(cache, recipe.folder) as fresh:
         if (known := find(cache, recipe)) is not None:
             return known
-        answer = _inspect(recipe, environment, work, tools)
+        said = answer()
         if not recipe.trusted:
-            _compare(recipe, answer)
-        _write(fresh, recipe, answer)
+            _compare(recipe, said)
+        _write(fresh, recipe, said)
         value = content_digest(tree(fresh))
-        envs = [[env["name"], env["value"]] for env in answer["envs"] if env.get("stage", "all") != "build"]
+        envs = [[env["name"], env["value"]] for env in said["envs"] if env.get("stage", "all") != "build"]
         record = fresh.with_suffix(".json")
-        record.write_bytes(digest.canonical_json({"digest": value, "schema": answer["schema"], "envs": envs}))
+        record.write_bytes(digest.canonical_json({"digest": value, "schema": said["schema"], "envs": envs}))
         place = cache / recipe.folder
         shutil.rmtree(place, ignore_errors=True)
         os.replace(fresh, place)
         os.replace(record, cache / f"{recipe.folder}.json")
-    made = find(cache, recipe)
-    if made is None:
+    found = find(cache, recipe)
+    if found is None:
         raise InfrastructureError("cache_damaged", f"the Bento {recipe.tag} vanished from {cache.name}")
-    return Bento(made.dir, made.digest, made.tag, made.schema, made.predict, made.envs, reused=False)
+    return Bento(found.dir, found.digest, found.tag, found.schema, found.predict, found.envs, reused=False)
 
 
-def _inspect(recipe: Recipe, environment: Environment, work: Path, tools: Tools) -> dict[str, Any]:
+def ask(
+    recipe: Recipe,
+    environment: Environment,
+    work: Path,
+    tools: Tools,
+    *,
+    answer: Path | None = None,
+    link: bool = False,
+) -> dict[str, Any]:
+    """Import the service in its environment, inside the sandbox, and give what it says of itself, checked.
+
+    It says so in the file `answer`. With `link` the large files of a project are links to where they are, which must be
+    read-only. Raises UserError `service_import_failed`, `service_not_found`, `legacy_service`, `inspect_timeout`,
+    `needs_dockerfile`, `needs_model_store`; InfrastructureError `sandbox_failed`.
+    """
     context = work / "context"
     shutil.rmtree(context, ignore_errors=True)
     for name in ("home", "tmp"):
         (work / name).mkdir(exist_ok=True)
-    _copy(context, {**recipe.files, **recipe.packages})
-    order, answer = work / "inspect-order.json", work / "inspect-answer.json"
+    large = {path: place for path, place in recipe.files.items() if link and place.stat().st_size >= _WORTH_A_LINK}
+    _copy(context, {**{path: place for path, place in recipe.files.items() if path not in large}, **recipe.packages})
+    for path, place in large.items():
+        (context / path).parent.mkdir(parents=True, exist_ok=True)
+        (context / path).symlink_to(place.absolute())
+    order, answer = work / "inspect-order.json", answer or work / "inspect-answer.json"
     answer.unlink(missing_ok=True)
     order.write_text(
         json.dumps(
             {
                 "context": str(context),
                 "service": recipe.service,
-                "memory": None if recipe.trusted else INSPECT_MEMORY,
-                "network": recipe.trusted,
                 "warm": _WARM,
                 "own_files": str(recipe.own_files) if recipe.own_files else None,
             }
@@ -194,47 +224,77 @@ def _inspect(recipe: Recipe, environment: Environment, work: Path, tools: Tools)
     }
     if not recipe.trusted:
         env["PYTHONDONTWRITEBYTECODE"] = "1"
-    script = Path(__file__).with_name("inspector.py")
+    network = _network(tools)
+    bounds = {"memory": None if recipe.trusted else INSPECT_MEMORY, "network": network}
     done = tools.processes.run(
-        [environment.interpreter, script, order, answer],
+        [
+            sys.executable, "-I", "-S", sandbox.__file__, json.dumps(bounds),
+            environment.interpreter, "-P", Path(__file__).with_name("inspector.py"), order, answer,
+        ],
         env=env,
         cwd=context,
         seconds=INSPECT_SECONDS,
         own_session=not recipe.trusted,
-    )
+    )  # fmt: skip
     if done.timed_out:
         raise UserError(
             "inspect_timeout",
             f"importing the service took longer than {INSPECT_SECONDS:.0f} s",
             hint="load the model in the service's __init__, and do no work when the module is imported",
         )
-    return _answer(answer, done.output, done.code, str(context))
+    if done.code == sandbox.FAILED and not answer.exists():
+        raise InfrastructureError(
+            "sandbox_failed", done.output[-400:].strip(), hint=f"{NETWORK}=allow imports the service with the network"
+        )
+    hint = _IMPORT_HINT if network else f"{_IMPORT_HINT}; it is imported without network"
+    return _answer(answer, done.output, done.code, str(context), hint)
 
 
-def _answer(file: Path, output: str, code: int, context: str) -> dict[str, Any]:
-    """Check what the inspector hands over as one checks an upload: size, shape, types."""
-    if not file.is_file():
+def _network(tools: Tools) -> bool:
+    """Whether a service is imported with the network: where somebody wants it so, or the system knows no other way."""
+    if tools.outer.get(NETWORK) == "allow":
+        return True
+    why = sandbox.unavailable()
+    if why is not None:
+        print(f"services are imported with the network: {why}", file=sys.stderr)
+    return why is not None
+
+
+def told(file: Path) -> dict[str, Any]:
+    """What a service said of itself in a process that is trusted with nothing: checked as `ask` does."""
+    return _answer(file, "", 0, "", _IMPORT_HINT)
+
+
+def _answer(file: Path, output: str, code: int, context: str, hint: str) -> dict[str, Any]:
+    """Check what the inspector hands over as one checks an upload: what it is, size, shape, types."""
+    data = _read(file)
+    if data is None:
         raise UserError(
             "service_import_failed",
             f"the service ended its process while it was imported (exit {code}): {output[-1200:].strip()}",
-            hint=_IMPORT_HINT,
+            hint=hint,
         )
-    if file.stat().st_size > _LARGEST_ANSWER:
-        raise UserError("service_import_failed", "the service's schema is larger than 16 MiB")
     try:
-        answer: Any = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError("service_import_failed", "the service's schema is not JSON") from error
+        answer: Any = json.loads(data)
+        digest.canonical_json(answer)  # what is no number, or no text in UTF-8, ends here
+    except (ValueError, RecursionError) as error:
+        raise _malformed("is not JSON") from error
+    if not _is_shallow(answer):
+        raise _malformed(f"is nested more than {_DEEPEST} deep")
     if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
-        raise _refusal(answer["error"], context)
+        raise _refusal(answer["error"], context, hint)
     for name, kind in _SHAPE.items():
         if not isinstance(answer, dict) or not isinstance(answer.get(name), kind):
-            raise UserError("service_import_failed", f"the service's description has no {name}")
-    if not all(
-        isinstance(env, dict) and isinstance(env.get("name"), str) and isinstance(env.get("value"), str)
-        for env in answer["envs"]
-    ) or not all(isinstance(path, str) for path in answer["included"]):
-        raise UserError("service_import_failed", "the service's description is malformed")
+            raise _malformed(f"has no {name}")
+    image, routes = answer["image"], answer["schema"].get("routes", [])
+    if not (
+        all(_is_env(env) for env in answer["envs"])
+        and all(isinstance(path, str) for path in answer["included"])
+        and all(isinstance(image.get(name, []), list) for name in ("commands", "post_commands", "build_include"))
+        and isinstance(routes, list)
+        and all(isinstance(route, dict) and str(route.get("route")).startswith("/") for route in routes)
+    ):
+        raise _malformed("is malformed")
     if answer["models"]:
         raise UserError(
             "needs_model_store",
@@ -242,6 +302,51 @@ def _answer(file: Path, output: str, code: int, context: str) -> dict[str, Any]:
             hint="put the model's files into the project's folder and load them from there",
         )
     return dict(answer)
+
+
+def _read(file: Path) -> bytes | None:
+    """The bytes of a plain file; None where there is none. A link could lead out, a pipe would never end."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _malformed(f"cannot be read ({error.strerror})") from error
+    with open(descriptor, "rb") as source:
+        known = os.fstat(descriptor)
+        if not stat.S_ISREG(known.st_mode) or known.st_nlink != 1:
+            raise _malformed("is not a plain file")
+        data = source.read(_LARGEST_ANSWER + 1)
+    if len(data) > _LARGEST_ANSWER:
+        raise _malformed("is larger than 16 MiB")
+    return data
+
+
+def _is_shallow(value: object) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for each in level if isinstance(each, dict | list) for inner in _inside(each)]
+        if not level:
+            return True
+    return False
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _is_env(env: object) -> bool:
+    """Whether a container can be started with the variable."""
+    if not isinstance(env, dict):
+        return False
+    name, value = env.get("name"), env.get("value")
+    if not isinstance(name, str) or not isinstance(value, str):
+        return False
+    return bool(name) and "=" not in name and "\0" not in name + value
+
+
+def _malformed(how: str) -> UserError:
+    return UserError("service_import_failed", f"the service's description {how}", hint=_IMPORT_HINT)
 
 
 def _compare(recipe: Recipe, answer: Mapping[str, Any]) -> None:
@@ -280,9 +385,10 @@ _SHAPE: dict[str, type] = {
 }  # fmt: skip
 
 
-def _refusal(error: Mapping[str, Any], context: str) -> UserError:
+def _refusal(error: Mapping[str, Any], context: str, hint: str) -> UserError:
     code, message = str(error.get("code")), str(error.get("message"))
-    detail = "\n".join(part for part in (message, str(error.get("detail") or "")) if part).replace(context + "/", "")
+    detail = "\n".join(part for part in (message, str(error.get("detail") or "")) if part)
+    detail = detail.replace(context + "/", "") if context else detail
     hints = {
         "service_not_found": "name it in bentofile.yaml: `service: service:MyService`",
         "legacy_service": "write it with @bentoml.service, as BentoML has since 1.2",
@@ -290,7 +396,7 @@ def _refusal(error: Mapping[str, Any], context: str) -> UserError:
     }
     if code not in hints:
         code = "service_import_failed"
-    return UserError(code, detail, hint=hints.get(code, _IMPORT_HINT))
+    return UserError(code, detail, hint=hints.get(code, hint))
 
 
 def _write(folder: Path, recipe: Recipe, answer: Mapping[str, Any]) -> None:
@@ -298,6 +404,10 @@ def _write(folder: Path, recipe: Recipe, answer: Mapping[str, Any]) -> None:
     files = {path: source for path, source in recipe.files.items() if path in included}
     if answer["src_layout"]:
         files = {path.removeprefix("src/"): source for path, source in files.items()}
+        if any(str(above) in files for path in files for above in PurePosixPath(path).parents):
+            raise UserError(
+                "bad_project", "a file and a folder have the same name once src/ is taken away", field="files"
+            )
     _copy(folder / "src", {**files, **recipe.packages})
     if "bentofile.yaml" not in files:
         _text(folder / "src" / "bentofile.yaml", answer["bentofile"])

@@ -2,12 +2,11 @@
 
     python inspector.py ORDER.json ANSWER.json
 
-It is the only step of a build that imports a user's code. It runs without secrets, bounded in time and memory, and
-hands over one JSON document, which the builder trusts as little as an upload. Nothing but the standard library and the
-service's own BentoML may be imported here.
+It is the only step of a build that imports a user's code. It runs without secrets, bounded in time and memory, inside
+`sandbox.py`, and hands over one JSON document, which the builder trusts as little as an upload. Nothing but the
+standard library and the service's own BentoML may be imported here.
 
-ORDER   {"context": dir, "service": "service:Name" | null, "memory": bytes | null, "network": bool, "warm": [module, …],
-         "own_files": file | null}
+ORDER   {"context": dir, "service": "service:Name" | null, "warm": [module, …], "own_files": file | null}
 ANSWER  {"service", "entry_service", "schema", "openapi", "services", "envs", "labels", "args", "description", "models",
          "included", "src_layout", "image", "dockerfile", "entrypoint", "bentofile", "bentoml_version"}
         or {"error": {"code", "message", "detail"}}
@@ -32,9 +31,6 @@ _LONGEST_TRACEBACK = 1800
 
 def main(order_file: str, answer_file: str) -> None:
     order = json.loads(Path(order_file).read_text())
-    _bound(order.get("memory"))
-    if not order.get("network", True):
-        _leave_network()
     answer: dict[str, Any]
     try:
         answer = inspect(order)
@@ -169,37 +165,6 @@ def _failure(error: BaseException) -> dict[str, str]:
     if isinstance(error, ModuleNotFoundError) and error.name is None:
         code = "service_not_found"
     return {"code": code, "message": f"{type(error).__name__}: {message}"[:600], "detail": text[-_LONGEST_TRACEBACK:]}
-
-
-def _bound(memory: int | None) -> None:
-    """Limits that the code inherits, and death with the builder."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 30, 8 << 30))
-    if memory is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    with contextlib.suppress(Exception):
-        import ctypes
-        import signal
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; Linux only
-
-
-def _leave_network() -> None:
-    """Move into an empty network where the kernel lets us: as root, or in a user namespace of our own."""
-    import ctypes
-
-    new_user, new_net = 0x10000000, 0x40000000
-    with contextlib.suppress(Exception):
-        libc = ctypes.CDLL(None, use_errno=True)
-        user, group = os.geteuid(), os.getegid()
-        if user == 0:
-            libc.unshare(new_net)
-        elif libc.unshare(new_user | new_net) == 0:
-            Path("/proc/self/setgroups").write_text("deny")
-            Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
-            Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
 
 
 def _plain(value: object) -> Any:

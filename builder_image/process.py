@@ -47,6 +47,7 @@ class Processes:
 
     def __init__(self) -> None:
         self._groups: set[int] = set()
+        self._tools: set[int] = set()
 
     def run(
         self,
@@ -72,8 +73,8 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 start_new_session=own_session,
             )
-            if own_session:
-                self._groups.add(process.pid)
+            alive = self._groups if own_session else self._tools
+            alive.add(process.pid)
             timed_out = False
             try:
                 process.wait(timeout=seconds)
@@ -82,10 +83,10 @@ class Processes:
             finally:
                 if own_session:
                     _kill(process.pid)
-                    self._groups.discard(process.pid)
                 elif process.poll() is None:
                     process.kill()
                 process.wait()
+                alive.discard(process.pid)
             size = output.seek(0, os.SEEK_END)
             output.seek(max(0, size - _LONGEST_OUTPUT))
             return Completed(process.returncode, redact(output.read().decode(errors="replace")), timed_out)
@@ -93,6 +94,9 @@ class Processes:
     def kill(self) -> None:
         for group in list(self._groups):
             _kill(group)
+        for tool in list(self._tools):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(tool, signal.SIGKILL)
 
 
 def _kill(group: int) -> None:
@@ -115,6 +119,16 @@ def hold_lifeline(descriptor: int, processes: Processes) -> None:
 
     os.set_inheritable(descriptor, False)
     threading.Thread(target=watch, daemon=True, name="lifeline").start()
+
+
+def end_on_sigterm(processes: Processes) -> None:
+    """End at once, with everything that was started, when asked to: as process 1 of a container nothing else would."""
+
+    def end(*_: object) -> None:
+        processes.kill()
+        os._exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def tool_environment(outer: Mapping[str, str]) -> dict[str, str]:

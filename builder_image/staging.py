@@ -13,12 +13,11 @@ import stat
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from builder_image import bento as bentos
-from builder_image import environment, layers, tarball
+from builder_image import environment, installer, layers, tarball
 from builder_image.base import BasePlatform
 from builder_image.installer import Tools
 from builder_image.layers import Compression, Layer
@@ -42,24 +41,18 @@ Recall = Callable[[str], Layer | None]
 
 @dataclass(frozen=True)
 class Kept:
-    """Where layers are kept on this machine, and how to ask the registry for one by key."""
+    """Where layers are kept on this machine, and how to ask the registry for one by key. `before` is another such
+    folder that is only read."""
 
     folder: Path
     recall: Recall
+    before: Path | None = None
 
     def find(self, name: layers.Name, key: str) -> Layer | None:
         """The layer made for a key before, here or wherever the image goes."""
-        record = self.folder / f"{key}.json"
-        try:
-            known = json.loads(record.read_bytes())
-            blob = self.folder / "blobs" / known["digest"].removeprefix("sha256:")
-            if blob.stat().st_size == known["size"]:
-                layer = layers.of_file(
-                    name, blob, known["media_type"], known["diff_id"], known["digest"], known["size"]
-                )
-                return layers.noted(layer, known.get("facts"))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            pass
+        for folder in (self.folder, self.before):
+            if folder is not None and (kept := _kept(folder, name, key)) is not None:
+                return kept
         found = self.recall(key)
         return None if found is None else layers.renamed(found, name)
 
@@ -89,10 +82,22 @@ class Kept:
         return self.folder / "blobs"
 
 
+def _kept(folder: Path, name: layers.Name, key: str) -> Layer | None:
+    try:
+        known = json.loads((folder / f"{key}.json").read_bytes())
+        blob = folder / "blobs" / known["digest"].removeprefix("sha256:")
+        if blob.stat().st_size != known["size"]:
+            return None
+        layer = layers.of_file(name, blob, known["media_type"], known["diff_id"], known["digest"], known["size"])
+        return layers.noted(layer, known.get("facts"))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
 def dependencies_key(lock: Lock, base: BasePlatform, compression: Compression) -> str:
     """What the deps layer is made from. The base counts by its ABI: its patches reinstall nothing."""
     return _key(
-        "deps", lock.digest, base.abi, base.platform, layers.compressor(compression), compiler(base), version("uv")
+        "deps", lock.digest, base.abi, base.platform, layers.compressor(compression), compiler(base), installer.version()
     )
 
 
