@@ -10,22 +10,18 @@ with 0 success, 2 the user's error, 3 infrastructure (worth retrying), 4 killed 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from builder_image.build import build
 from builder_image.installer import Tools
 from builder_image.process import Processes, hold_lifeline, redact
 from builder_image.progress import Progress
-from builder_image.spec import BuildSpec
+from builder_image.spec import BadSpec, BuildSpec, plain
 from registry import digest
 from registry.errors import EkibenError, InfrastructureError, UserError
 
@@ -38,6 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         from builder_image import commands  # their parsers and the registry client are not for builds
 
         return commands.main(arguments)
+    spec, lifeline = _options(arguments)
+    processes = Processes()
+    if lifeline is not None:
+        hold_lifeline(lifeline, processes)
+    return run(spec, processes)
+
+
+def _options(arguments: list[str]) -> tuple[Path, int | None]:
+    """(the spec, the lifeline's descriptor)."""
+    lifeline = os.environ.get("EKIBEN_LIFELINE_FD")
+    if len(arguments) == 1 and not arguments[0].startswith("-"):
+        return Path(arguments[0]), None if lifeline is None else int(lifeline)
+    import argparse  # for people
+
     parser = argparse.ArgumentParser(
         prog="python -m builder_image", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,21 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lifeline-fd",
         type=int,
-        default=os.environ.get("EKIBEN_LIFELINE_FD"),
+        default=lifeline,
         help="an inherited pipe; at its end of file the build and all it started end",
     )
     options = parser.parse_args(arguments)
-    processes = Processes()
-    if options.lifeline_fd is not None:
-        hold_lifeline(int(options.lifeline_fd), processes)
-    return run(options.spec, processes)
+    return options.spec, options.lifeline_fd
 
 
 def run(file: Path, processes: Processes) -> int:
     """Run the build of a spec file; the exit code."""
     try:
-        spec = BuildSpec.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
+        spec = BuildSpec.parse(file.read_bytes())
+    except (OSError, BadSpec) as error:
         print(f"{file}: {error}", file=sys.stderr)
         return USER_ERROR
     progress = Progress(sys.stdout)
@@ -72,7 +79,7 @@ def run(file: Path, processes: Processes) -> int:
         return code
     finally:
         shutil.rmtree(spec.work, ignore_errors=True)
-    _write(spec.result, result.model_dump(mode="json", by_alias=True))
+    _write(spec.result, plain(result))
     return OK
 
 
@@ -80,6 +87,8 @@ def _problem(error: Exception) -> tuple[dict[str, str | None], int]:
     if isinstance(error, EkibenError):
         code = USER_ERROR if isinstance(error, UserError) else INFRASTRUCTURE_ERROR
         return {"code": error.code, "message": redact(error.detail), "hint": error.hint}, code
+    import traceback
+
     traceback.print_exception(error)
     if isinstance(error, MemoryError):
         return {"code": "out_of_memory", "message": "the build ran out of memory", "hint": "give it more memory"}, LIMIT

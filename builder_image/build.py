@@ -8,12 +8,11 @@ from __future__ import annotations
 import shutil
 import tomllib
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from builder_image import bento as bentos
-from builder_image import environment, lock, model
+from builder_image import environment, installer, lock, model
 from builder_image.installer import Tools
 from builder_image.progress import Progress
 from builder_image.spec import BuildResult, BuildSpec, BuiltBento, BuiltEnvironment
@@ -36,7 +35,7 @@ def build(spec: BuildSpec, progress: Progress, tools: Tools) -> BuildResult:
             if spec.image is not None and found.manifest.format == PROJECT:
                 found.verify_files()
         with progress.stage("resolve", "resolve the requirements"):
-            recipe = _recipe(spec, found, tools)
+            recipe = recipe_of(spec, found, tools)
         local = _Local(spec, recipe, progress, tools)
         if spec.image is None:
             made, image = local.both(), None
@@ -57,7 +56,7 @@ def build(spec: BuildSpec, progress: Progress, tools: Tools) -> BuildResult:
         else BuiltEnvironment(dir=installed.dir, python=installed.python, lock_digest=installed.lock_digest),
         lock=recipe.lock.text,
         predict=predict,
-        schema_=dict(schema),
+        schema=dict(schema),
         image=image,
         stages=progress.stages,
     )
@@ -115,13 +114,13 @@ def identity(version_digest: str, recipe: bentos.Recipe, spec: BuildSpec) -> str
             "base": None if spec.image is None else digest.of_bytes(spec.image.base.read_bytes()),
             "platform": None if spec.image is None else spec.image.platform,
             "compression": None if spec.image is None else spec.image.compression,
-            "uv": version("uv"),
+            "uv": installer.version(),
             "bentoml": recipe.lock.version("bentoml"),
         }
     )
 
 
-def _recipe(spec: BuildSpec, found: model.Model, tools: Tools) -> bentos.Recipe:
+def recipe_of(spec: BuildSpec, found: model.Model, tools: Tools) -> bentos.Recipe:
     if found.manifest.format == PROJECT or spec.kind.name == PROJECT_KIND:
         from builder_image import project  # yaml and ast are for projects only
 

@@ -15,7 +15,7 @@ from builder_image.installer import Tools
 from builder_image.packing import docker_config
 from builder_image.process import Processes, redact
 from builder_image.progress import Progress
-from builder_image.spec import Push
+from builder_image.spec import Push, plain
 from registry.errors import EkibenError, UserError
 
 _CONTAINERIZE = """Make an OCI image of a Bento, without docker, root or a Dockerfile.
@@ -108,7 +108,7 @@ def _containerize(options: argparse.Namespace, env: Mapping[str, str]) -> Answer
         tools=Tools.of(env, Processes()),
     )
     where = [str(place) for place in (image.ref, options.output) if place]
-    return Answer(image.model_dump(mode="json"), f"✓ {' and '.join(where)}   {image.size / 1e6:.0f} MB\n{image.digest}")
+    return Answer(plain(image), f"✓ {' and '.join(where)}   {image.size / 1e6:.0f} MB\n{image.digest}")
 
 
 def _import(options: argparse.Namespace, env: Mapping[str, str]) -> Answer:

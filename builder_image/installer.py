@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from builder_image.process import Processes, tool_environment
@@ -49,6 +50,22 @@ def find(env: Mapping[str, str]) -> Uv:
     home = Path(env["XDG_CONFIG_HOME"]) if env.get("XDG_CONFIG_HOME") else Path(env.get("HOME", "/")) / ".config"
     own = home / "uv" / "uv.toml"
     return Uv(program, ("--config-file", str(own)) if own.is_file() else ("--no-config",))
+
+
+@cache
+def version() -> str:
+    """The version of the uv beside the builder: part of the identity of what it installs.
+
+    Its folder of metadata is named by it; importlib.metadata reads the whole of what is installed to say the same.
+    """
+    import uv
+
+    found = [folder.name for folder in Path(uv.__file__).parents[1].glob("uv-*.dist-info")]
+    if len(found) == 1:
+        return found[0].removeprefix("uv-").removesuffix(".dist-info")
+    from importlib import metadata
+
+    return metadata.version("uv")
 
 
 def _program(env: Mapping[str, str]) -> Path:

@@ -18,6 +18,7 @@ from typing import IO, Any, Literal, cast
 import zstandard
 
 from builder_image import tarball
+from registry.digest import of_bytes
 from registry.errors import InfrastructureError
 
 FORMAT = "1"
@@ -164,6 +165,12 @@ def model(folder: Path, manifest: Mapping[str, Any], manifest_bytes: bytes) -> S
     """
     entries = tarball.ordered(_model_entries(folder, manifest, manifest_bytes))
     return StreamedLayer("model", TAR, tarball.size_of(entries), lambda: tarball.stream(entries))
+
+
+def held(layer: StreamedLayer) -> Layer:
+    """The layer read into memory, for a small one whose digest is wanted before it is sent."""
+    data = b"".join(layer.open())
+    return replace(layer.sealed(of_bytes(data)), open=lambda: iter([data]))
 
 
 def known(layer: StreamedLayer, digest: str) -> Layer:

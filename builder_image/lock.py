@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +55,11 @@ class Lock:
 
     pins: tuple[Pin, ...]
 
-    @property
+    @cached_property
     def text(self) -> str:
         return "".join(pin.line() + "\n" for pin in self.pins)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return digest.of_bytes(self.text.encode())
 

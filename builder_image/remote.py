@@ -13,9 +13,9 @@ import binascii
 import hashlib
 import ipaddress
 import json
+import os
 import re
 import ssl
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,41 +23,36 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urljoin
+from typing import Any, Literal, TypeGuard
+from urllib.parse import urlencode, urljoin, urlsplit
 
-# httpx imports its own command line, with click and rich, where those are installed: more than half of the time that
-# a weights-only build takes to start. An absent module is what it is prepared for.
-sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
-
-import httpx  # noqa: E402
-
-from builder_image import image as _image  # noqa: E402
-from builder_image import layers as _layers  # noqa: E402
-from builder_image.hashing import Sha256  # noqa: E402
-from builder_image.image import Image, Platform  # noqa: E402
-from builder_image.layers import AnyLayer, Layer, StreamedLayer  # noqa: E402
-from registry import digest as _digest  # noqa: E402
-from registry.digest import canonical_json  # noqa: E402
-from registry.errors import EkibenError, InfrastructureError, UserError  # noqa: E402
+from builder_image import image as _image
+from builder_image import layers as _layers
+from builder_image.hashing import Sha256
+from builder_image.image import Image, Platform
+from builder_image.layers import AnyLayer, Layer, StreamedLayer
+from builder_image.transport import SECONDS, Client, ConnectTimeout, Request, Response, TransportError, Url
+from registry import digest as _digest
+from registry.digest import canonical_json
+from registry.errors import EkibenError, InfrastructureError, UserError
 
 _MANIFEST_TYPES = (_image.MANIFEST, _image.INDEX, _image.DOCKER_MANIFEST, _image.DOCKER_INDEX)
 _OCTETS = "application/octet-stream"
 _ATTEMPTS = 5
-_SMALL = 1 << 20  # such a blob goes up in one PUT
+_SMALL = 1 << 20  # such a blob is read whole, and goes up in one PUT
+# identity: digests are about the bytes as stored, so nothing on the way may compress them
+_HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "ekiben"}
 _PART = 8 << 20  # a chunk, where one streamed request is refused
 _LONGEST_MANIFEST = 4 << 20
 _LONGEST_ERROR = 64 << 10
 _AT_ONCE = 2
-_TIMEOUT = httpx.Timeout(60, connect=10)
-_SLOW = httpx.Timeout(
-    60, connect=10, read=900
-)  # a registry may hash the whole blob again before it answers the last PUT
+_SLOW = 900.0  # seconds: a registry may hash the whole blob again before it answers the last PUT
 _TOO_LARGE_OR_NOT_SUPPORTED = (400, 404, 405, 411, 413, 416, 501)
-_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 _HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
 _PATH = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+_NEXT = re.compile(r'<([^>]*)>[^,<]*;\s*rel="?next"?', re.IGNORECASE)
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -182,44 +177,23 @@ class Registry:
         insecure: bool = False,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        if not _HOST.fullmatch(host):
+        try:
+            name = Url.parse(f"https://{host}").host if _HOST.fullmatch(host) else ""
+        except ValueError:
+            name = ""
+        if not name:
             raise UserError("bad_reference", f"{host[:200]!r} is not a registry's host", field="ref", hint="HOST:PORT")
         self.host = host
-        loopback = _is_loopback(host)
-        self._plain = insecure or (loopback and ca is None)
-        self._root = httpx.URL(f"{'http' if self._plain else 'https'}://{host}/v2/")
+        self._plain = insecure or (is_loopback(name) and ca is None)
+        self._root = Url.parse(f"{'http' if self._plain else 'https'}://{host}/v2/")
         self._credentials = credentials
         self._pause = pause
         self._tokens: dict[str, tuple[str, float]] = {}
         self._challenge: tuple[str, dict[str, str]] | None = None
         self._lock = threading.Lock()
-        self._loopback = loopback
-        self._trust: ssl.SSLContext | None = None if self._plain and ca is None else _trust(ca)
-        self._clients: dict[str, httpx.Client] = {}
-
-    def _http(self, scheme: str) -> httpx.Client:
-        """The client for http or https. Reading the system's certificates takes longer than a push to a registry that
-        speaks plain http; the client for http trusts none, so that it cannot be led to https without a check."""
-        with self._lock:
-            if scheme not in self._clients:
-                if scheme == "https" and self._trust is None:
-                    self._trust = _trust(None)
-                self._clients[scheme] = self._client(
-                    self._trust if scheme == "https" and self._trust else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-                )
-            return self._clients[scheme]
-
-    def _client(self, trust: ssl.SSLContext) -> httpx.Client:
-        host, loopback = self.host, self._loopback
-        bare = _bare(host)
-        bypass = {f"all://[{bare}]" if ":" in bare else f"all://{bare}": None} if loopback else {}
-        return httpx.Client(
-            verify=trust,
-            timeout=_TIMEOUT,
-            mounts=bypass,
-            headers={"User-Agent": "ekiben"},
-            limits=httpx.Limits(max_connections=8),
-        )
+        # reading the system's certificates takes longer than a push to a registry that speaks plain http
+        trusted = None if self._plain and ca is None else certificates(ca)
+        self._client = Client(lambda: certificates(None) if trusted is None else trusted, direct=is_loopback)
 
     def __enter__(self) -> Registry:
         return self
@@ -228,14 +202,13 @@ class Registry:
         self.close()
 
     def close(self) -> None:
-        for client in self._clients.values():
-            client.close()
+        self._client.close()
 
     # blobs
 
     def has_blob(self, repo: str, digest: str) -> bool:
         response = self._ask("HEAD", self._url(repo, "blobs", _image.checked_digest(digest)), _pull(repo))
-        if response.status_code == 404:
+        if response.status == 404:
             return False
         self._expect(response, (200,), f"asking for the blob {digest} in {repo}")
         return True
@@ -281,7 +254,7 @@ class Registry:
             except _Lost as lost:
                 if attempt == _ATTEMPTS - 1:
                     raise lost.reason from lost
-                self._pause(_backoff(attempt))
+                self._pause(backoff(attempt))
             except EkibenError:
                 self._cancel(repo, location)
                 raise
@@ -303,13 +276,13 @@ class Registry:
         try:
             self._expect(response, (200,), f"pulling the blob {digest} from {repo}")
             total, received = hashlib.sha256(), 0
-            for piece in response.iter_raw():
+            for piece in response.pieces():
                 received += len(piece)
                 if size is not None and received > size:
                     break
                 total.update(piece)
                 yield piece
-        except httpx.TransportError as error:
+        except TransportError as error:
             raise self._unreachable(error) from error
         finally:
             response.close()
@@ -327,7 +300,7 @@ class Registry:
         response = self._ask(
             "HEAD", self._url(repo, "manifests", name), _pull(repo), {"Accept": ", ".join(_MANIFEST_TYPES)}
         )
-        if response.status_code == 404:
+        if response.status == 404:
             return None
         self._expect(response, (200,), f"asking for the manifest {name} in {repo}")
         return response.headers.get("Docker-Content-Digest") or _digest.of_bytes(self.get_manifest(repo, name)[0])
@@ -343,8 +316,8 @@ class Registry:
         )
         try:
             self._expect(response, (200,), f"reading the manifest {name} of {repo}")
-            data = _at_most(response, _LONGEST_MANIFEST)
-        except httpx.TransportError as error:
+            data = response.at_most(_LONGEST_MANIFEST)
+        except TransportError as error:
             raise self._unreachable(error) from error
         finally:
             response.close()
@@ -373,15 +346,15 @@ class Registry:
     def tags(self, repo: str) -> list[str]:
         """All tags of a repository, page by page; none where there is no such repository yet."""
         found: list[str] = []
-        url: httpx.URL | None = self._url(repo, "tags", "list")
+        url: Url | None = self._url(repo, "tags", "list")
         while url is not None:
             response = self._ask("GET", url, _pull(repo))
-            if response.status_code == 404:
+            if response.status == 404:
                 return []
             self._expect(response, (200,), f"listing the tags of {repo}")
             found += response.json().get("tags") or []
-            following = response.links.get("next", {}).get("url")
-            url = self._beside(url, following) if following else None
+            following = _NEXT.search(response.headers.get("Link", ""))
+            url = self._beside(url, following[1]) if following else None
         return found
 
     def delete_manifest(self, repo: str, digest: str) -> bool:
@@ -389,23 +362,23 @@ class Registry:
         response = self._ask(
             "DELETE", self._url(repo, "manifests", _image.checked_digest(digest)), _push(repo, "delete")
         )
-        if response.status_code == 404:
+        if response.status == 404:
             return False
         self._expect(response, (200, 202), f"deleting the manifest {digest} of {repo}")
         return True
 
     # uploads
 
-    def _start_upload(self, repo: str) -> tuple[httpx.URL, int]:
+    def _start_upload(self, repo: str) -> tuple[Url, int]:
         start = self._url(repo, "blobs", "uploads/")
         response = self._ask("POST", start, _push(repo), {"Content-Length": "0"})
         self._expect(response, (202,), f"starting an upload to {repo}")
         least = response.headers.get("OCI-Chunk-Min-Length", "0")
         return self._location(response, start), int(least) if least.isdecimal() else 0
 
-    def _upload(self, repo: str, location: httpx.URL, feed: _Feed, part: int | None) -> str:
+    def _upload(self, repo: str, location: Url, feed: _Feed, part: int | None) -> str:
         scope = _push(repo)
-        if feed.digest is not None and feed.size <= _SMALL:
+        if feed.size <= _SMALL:
             data = b"".join(feed.take(0, feed.size))
             return self._finish(repo, location, feed, content=data)
         at, best, stalls = 0, 0, 0
@@ -419,51 +392,51 @@ class Registry:
             if part is not None or at:
                 headers["Content-Range"] = f"{at}-{at + length - 1}"
             try:
-                response = self._once("PATCH", location, scope, headers, content=feed.take(at, length), timeout=_SLOW)
-            except httpx.TransportError as error:
+                response = self._once("PATCH", location, scope, headers, content=feed.take(at, length), seconds=_SLOW)
+            except TransportError as error:
                 at, location = self._resume(repo, location, self._unreachable(error))
                 continue
-            if response.status_code in (201, 202, 204):
+            if response.status in (201, 202, 204):
                 location = self._location(response, location)
                 at = _stored(response, at + length)
-            elif response.status_code in (401, *_TRANSIENT):
+            elif response.status in (401, *TRANSIENT):
                 reason = self._error(response, f"uploading a blob to {repo}")
-                if response.status_code == 401 and not self._answer(response, scope):
+                if response.status == 401 and not self._answer(response, scope):
                     raise reason
                 at, location = self._resume(repo, location, reason)
-            elif part is None and response.status_code in _TOO_LARGE_OR_NOT_SUPPORTED:
+            elif part is None and response.status in _TOO_LARGE_OR_NOT_SUPPORTED:
                 self._cancel(repo, location)
                 raise _InParts
             else:
                 raise self._error(response, f"uploading a blob to {repo}")
         return self._finish(repo, location, feed)
 
-    def _finish(self, repo: str, location: httpx.URL, feed: _Feed, content: bytes = b"") -> str:
+    def _finish(self, repo: str, location: Url, feed: _Feed, content: bytes = b"") -> str:
         digest = feed.finished()
         headers = {"Content-Type": _OCTETS, "Content-Length": str(len(content))}
-        url = location.copy_merge_params({"digest": digest})
+        url = location.with_query({"digest": digest})
         try:
-            response = self._ask("PUT", url, _push(repo), headers, content=content, timeout=_SLOW, attempts=1)
+            response = self._ask("PUT", url, _push(repo), headers, content=content, seconds=_SLOW, attempts=1)
         except RegistryFailed as failed:
             if self.has_blob(repo, digest):  # it had done it, and only its answer was lost
                 return digest
             raise _Lost(failed) from failed
-        if response.status_code in (404, 416, *_TRANSIENT):
+        if response.status in (404, 416, *TRANSIENT):
             if self.has_blob(repo, digest):
                 return digest
             raise _Lost(self._error(response, f"finishing the upload of {digest} to {repo}"))
         self._expect(response, (201, 204), f"finishing the upload of {digest} to {repo}")
         return digest
 
-    def _resume(self, repo: str, location: httpx.URL, reason: EkibenError) -> tuple[int, httpx.URL]:
+    def _resume(self, repo: str, location: Url, reason: EkibenError) -> tuple[int, Url]:
         """Where to go on after a request broke; raises _Lost where the registry no longer knows the upload."""
-        self._pause(_backoff(0))
+        self._pause(backoff(0))
         try:
             response = self._ask("GET", location, _push(repo), attempts=3)
         except RegistryFailed as failed:
             raise _Lost(failed) from failed
         at = _stored(response, 0)
-        if response.status_code != 204 or at == 0:
+        if response.status != 204 or at == 0:
             raise _Lost(reason)
         return at, self._location(response, location)
 
@@ -474,72 +447,72 @@ class Registry:
             hint="look at the registry's log, its disk, and at limits of a proxy before it",
         )
 
-    def _cancel(self, repo: str, location: httpx.URL) -> None:
-        with suppress(EkibenError, httpx.HTTPError):  # registries drop forgotten uploads by themselves
+    def _cancel(self, repo: str, location: Url) -> None:
+        with suppress(EkibenError, TransportError):  # registries drop forgotten uploads by themselves
             self._ask("DELETE", location, _push(repo), attempts=1)
 
     # requests
 
-    def _url(self, repo: str, *path: str) -> httpx.URL:
+    def _url(self, repo: str, *path: str) -> Url:
         if not _PATH.fullmatch(repo):
             raise UserError("bad_reference", f"{repo[:200]!r} is not a repository", field="ref", hint="use lower case")
         if not all(re.fullmatch(r"[A-Za-z0-9._:/-]+", part) for part in path):
             raise UserError("bad_reference", f"{path[-1][:200]!r} is not a tag or digest", field="ref")
-        return self._root.join("/".join([repo, *path]))
+        return Url(*self._root.origin, self._root.target + "/".join([repo, *path]))
 
     def _ask(
         self,
         method: str,
-        url: httpx.URL,
+        url: Url,
         scope: str,
         headers: Mapping[str, str] | None = None,
         *,
         content: bytes | None = None,
         stream: bool = False,
-        timeout: httpx.Timeout = _TIMEOUT,
+        seconds: float = SECONDS,
         attempts: int = _ATTEMPTS,
-    ) -> httpx.Response:
+    ) -> Response:
         """A request that may be repeated: with backoff while the registry is away, once after a challenge."""
         answered = False
         attempt = 0
         while True:
             try:
-                response = self._follow(method, url, scope, headers or {}, content, stream, timeout)
-            except httpx.TransportError as error:
+                response = self._follow(method, url, scope, headers or {}, content, stream, seconds)
+            except TransportError as error:
                 attempt += 1
                 # an address where nobody answers is tried twice: each try takes the whole time limit
-                most = min(attempts, 2) if isinstance(error, httpx.ConnectTimeout) else attempts
+                most = min(attempts, 2) if isinstance(error, ConnectTimeout) else attempts
                 if attempt >= most or _is_certificate(error) or _speaks_http(error):
                     raise self._unreachable(error) from error
-                self._pause(_backoff(attempt))
+                self._pause(backoff(attempt))
                 continue
-            if response.status_code == 401 and not answered:
+            if response.status == 401 and not answered:
                 answered = True
                 response.close()
                 if self._answer(response, scope):
                     continue
                 return response
-            if response.status_code in _TRANSIENT:
+            if response.status in TRANSIENT:
                 attempt += 1
                 if attempt < attempts:
                     response.close()
-                    self._pause(_backoff(attempt, response.headers.get("Retry-After")))
+                    self._pause(backoff(attempt, response.headers.get("Retry-After")))
                     continue
             return response
 
     def _follow(
         self,
         method: str,
-        url: httpx.URL,
+        url: Url,
         scope: str,
         headers: Mapping[str, str],
         content: bytes | None,
         stream: bool,
-        timeout: httpx.Timeout,
-    ) -> httpx.Response:
+        seconds: float,
+    ) -> Response:
         for _ in range(5):
-            response = self._once(method, url, scope, headers, content=content, stream=stream, timeout=timeout)
-            if method not in ("GET", "HEAD") or response.status_code not in (301, 302, 303, 307, 308):
+            response = self._once(method, url, scope, headers, content=content, stream=stream, seconds=seconds)
+            if method not in ("GET", "HEAD") or response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
             url = self._location(response, url)
@@ -548,40 +521,40 @@ class Registry:
     def _once(
         self,
         method: str,
-        url: httpx.URL,
+        url: Url,
         scope: str,
         headers: Mapping[str, str],
         *,
         content: bytes | Iterable[bytes] | None = None,
         stream: bool = False,
-        timeout: httpx.Timeout = _TIMEOUT,
-    ) -> httpx.Response:
-        # identity: digests are about the bytes as stored, so nothing on the way may compress them
-        client = self._http(url.scheme)
-        request = client.build_request(
-            method, url, headers={"Accept-Encoding": "identity", **headers}, content=content, timeout=timeout
-        )
-        if _origin(url) == _origin(self._root) and (credential := self._authorization(scope)):
-            request.headers["Authorization"] = credential
-        return client.send(request, stream=stream)
+        seconds: float = SECONDS,
+    ) -> Response:
+        headers = {**_HEADERS, **headers}
+        if url.origin == self._root.origin and (credential := self._authorization(scope)):
+            headers["Authorization"] = credential
+        return self._client.send(Request(method, url, headers), content, seconds=seconds, stream=stream)
 
-    def _location(self, response: httpx.Response, url: httpx.URL) -> httpx.URL:
+    def _location(self, response: Response, url: Url) -> Url:
         where = response.headers.get("Location")
         if not where:
-            if response.status_code in (201, 202, 204):
+            if response.status in (201, 202, 204):
                 return url
             raise RegistryFailed("registry_protocol", f"{self.host} gave no Location where the specification wants one")
         return self._beside(url, where)
 
-    def _beside(self, url: httpx.URL, where: str) -> httpx.URL:
-        found = httpx.URL(urljoin(str(url), where))
-        if found.scheme not in ("http", "https") or (url.scheme == "https" and found.scheme != "https"):
+    def _beside(self, url: Url, where: str) -> Url:
+        there = urljoin(str(url), where)
+        scheme = urlsplit(there).scheme
+        if scheme not in ("http", "https") or (url.scheme == "https" and scheme != "https"):
             raise RegistryFailed(
                 "registry_insecure_redirect",
-                f"{self.host} sends us from https to {found.scheme}://{found.host}, which would not be encrypted",
+                f"{self.host} sends us from {url.scheme} to {scheme}, which would not be encrypted",
                 hint="behind a proxy, tell the registry its public https address",
             )
-        return found
+        try:
+            return Url.parse(there)
+        except ValueError as error:
+            raise RegistryFailed("registry_protocol", f"{self.host} sends us to something that is no URL") from error
 
     # authentication
 
@@ -603,11 +576,11 @@ class Registry:
         pair = f"{self._credentials.username}:{self._credentials.password}"
         return "Basic " + base64.b64encode(pair.encode()).decode()
 
-    def _answer(self, response: httpx.Response, scope: str) -> bool:
+    def _answer(self, response: Response, scope: str) -> bool:
         """Get what a 401 asks for; whether it is worth asking again."""
-        if _origin(response.request.url) != _origin(self._root):
+        if response.request.url.origin != self._root.origin:
             return False
-        challenges = _challenges(response.headers.get_list("WWW-Authenticate"))
+        challenges = _challenges(response.headers.get_all("WWW-Authenticate", []))
         if "bearer" in challenges:
             asked = challenges["bearer"]
             token, seconds = self._fetch_token(asked, scope)
@@ -623,12 +596,14 @@ class Registry:
         return False
 
     def _fetch_token(self, asked: Mapping[str, str], scope: str) -> tuple[str, float]:
-        realm = httpx.URL(asked.get("realm", ""))
-        plain_allowed = self._plain or _is_loopback(realm.host)
-        if realm.scheme != "https" and not (realm.scheme == "http" and plain_allowed):
+        try:
+            realm = Url.parse(asked.get("realm", ""))
+        except ValueError as error:
+            raise RegistryFailed("registry_token_realm", f"{self.host} names no token service to ask") from error
+        if realm.scheme != "https" and not (self._plain or is_loopback(realm.host)):
             raise RegistryFailed(
                 "registry_token_realm",
-                f"{self.host} wants credentials sent to {realm.scheme or 'no'}://{realm.host}, which is not encrypted",
+                f"{self.host} wants credentials sent to {realm.scheme}://{realm.host}, which is not encrypted",
                 hint="give the registry's token service an https address",
             )
         form = {"scope": asked.get("scope") or scope}
@@ -641,12 +616,13 @@ class Registry:
                     "client_id": "ekiben",
                     "refresh_token": self._credentials.identity_token,
                 }
-                response = self._http(realm.scheme).post(realm, data=form)
+                headers = {**_HEADERS, "Content-Type": "application/x-www-form-urlencoded"}
+                response = self._client.send(Request("POST", realm, headers), urlencode(form).encode())
             else:
                 basic = self._basic()
-                headers = {"Authorization": basic} if basic else {}
-                response = self._http(realm.scheme).get(realm.copy_merge_params(form), headers=headers)
-        except httpx.TransportError as error:
+                headers = {**_HEADERS, "Authorization": basic} if basic else _HEADERS
+                response = self._client.send(Request("GET", realm.with_query(form), headers))
+        except TransportError as error:
             raise self._unreachable(error) from error
         self._expect(response, (200,), f"asking {realm.host} for a token")
         try:
@@ -658,29 +634,29 @@ class Registry:
 
     # errors
 
-    def _expect(self, response: httpx.Response, codes: tuple[int, ...], doing: str) -> None:
-        if response.status_code not in codes:
+    def _expect(self, response: Response, codes: tuple[int, ...], doing: str) -> None:
+        if response.status not in codes:
             raise self._error(response, doing)
 
-    def _error(self, response: httpx.Response, doing: str) -> EkibenError:
+    def _error(self, response: Response, doing: str) -> EkibenError:
         spec_codes, said = _said(response)
-        detail = f"{self.host} answered {response.status_code} while {doing}" + (f": {said}" if said else "")
-        name = f"registry_{spec_codes[0].lower()}" if spec_codes else f"registry_http_{response.status_code}"
+        detail = f"{self.host} answered {response.status} while {doing}" + (f": {said}" if said else "")
+        name = f"registry_{spec_codes[0].lower()}" if spec_codes else f"registry_http_{response.status}"
         hint = None
-        if response.status_code == 401:
+        if response.status == 401:
             name, hint = "registry_unauthorized", f"log in first: docker login {self.host}"
-        elif response.status_code == 403:
+        elif response.status == 403:
             name, hint = "registry_denied", "the account may not do this: ask the registry's owner for push rights"
-        elif response.status_code == 413:
+        elif response.status == 413:
             name, hint = "registry_too_large", "raise the body limit of the registry or of the proxy before it"
-        elif response.status_code >= 500:
+        elif response.status >= 500:
             hint = "look at the registry's log; the build is tried again"
-        kind = RegistryFailed if response.status_code in _TRANSIENT or response.status_code >= 500 else RegistryRefused
+        kind = RegistryFailed if response.status in TRANSIENT or response.status >= 500 else RegistryRefused
         error = kind(name, self._redacted(detail), hint=hint)
         error.spec_codes = spec_codes
         return error
 
-    def _unreachable(self, error: httpx.TransportError) -> EkibenError:
+    def _unreachable(self, error: TransportError) -> EkibenError:
         if _is_certificate(error):
             return RegistryRefused(
                 "registry_certificate",
@@ -714,15 +690,35 @@ class Registry:
         return re.sub(r"(https?://[^\s?\"']*)\?[^\s\"']*", r"\1?…", text)
 
 
-def push_image(registry: Registry, image: Image, ref: Reference, progress: Progress | None = None) -> PushReport:
+def push_image(
+    registry: Registry,
+    image: Image,
+    ref: Reference,
+    progress: Progress | None = None,
+    notes: Mapping[str, Layer] | None = None,
+) -> PushReport:
     """Push what the registry lacks of an image, then the manifest, and see that it is there by its digest.
 
-    Layers whose digest is known are asked for first; a streamed layer is uploaded in one pass. Two go up at a time.
-    Raises what the registry or the reading of a layer raises; the tag then still names what it named before.
+    Layers whose digest is known are asked for first; a streamed layer is uploaded in one pass, and a small one is read
+    before that, so that the config goes up beside it. Two go up at a time. `notes` are remembered (`remember_layer`)
+    once all layers are there. Raises what the registry or the reading of a layer raises, and until the manifest is
+    pushed the tag names what it named before.
     """
+    repo = ref.repository
+    made = {id(layer): _layers.held(layer) for layer in image.layers if _is_small(layer)}
+    layers: list[AnyLayer] = [made.get(id(layer), layer) for layer in image.layers]
+    not_there = {layer.digest for layer in made.values()}
+    is_new = not image.is_sealed
+
+    def push_config(image: Image) -> None:
+        data = image.config_bytes
+        if is_new:  # it names a layer that was made just now: nobody can have pushed it
+            registry.push_blob_stream(repo, lambda: iter([data]), len(data), digest=_digest.of_bytes(data))
+        else:
+            registry.push_blob(repo, data)
 
     def push(layer: AnyLayer) -> tuple[Layer, LayerReport]:
-        if isinstance(layer, Layer) and registry.has_blob(ref.repository, layer.digest):
+        if isinstance(layer, Layer) and layer.digest not in not_there and registry.has_blob(repo, layer.digest):
             return layer, LayerReport(layer.name, layer.digest, layer.size, True, 0)
         sent = 0
 
@@ -733,24 +729,35 @@ def push_image(registry: Registry, image: Image, ref: Reference, progress: Progr
                 progress(layer, length)
 
         known = layer.digest if isinstance(layer, Layer) else None
-        digest = registry.push_blob_stream(ref.repository, layer.open, layer.size, digest=known, progress=count)
+        digest = registry.push_blob_stream(repo, layer.open, layer.size, digest=known, progress=count)
         done = layer.sealed(digest) if isinstance(layer, StreamedLayer) else layer
         return done, LayerReport(layer.name, digest, layer.size, False, sent)
 
-    distinct = {layer.digest if isinstance(layer, Layer) else id(layer): layer for layer in image.layers}
+    distinct = {layer.digest if isinstance(layer, Layer) else id(layer): layer for layer in layers}
     with ThreadPoolExecutor(_AT_ONCE, "push") as pool:
-        tasks = {key: pool.submit(push, layer) for key, layer in distinct.items()}
         try:
+            tasks = {key: pool.submit(push, layer) for key, layer in distinct.items()}
+            known = [layer for layer in layers if isinstance(layer, Layer)]
+            config = pool.submit(push_config, image.sealed(known)) if len(known) == len(layers) else None
             results = {key: task.result() for key, task in tasks.items()}
+            image = image.sealed(
+                results[layer.digest if isinstance(layer, Layer) else id(layer)][0] for layer in layers
+            )
+            if config is None:
+                config = pool.submit(push_config, image)
+            config.result()
+            remembered = [pool.submit(remember_layer, registry, repo, *note) for note in (notes or {}).items()]
+            manifest = image.manifest_bytes
+            digest = registry.push_manifest(repo, ref.tag or image.digest, manifest, image.media_type)
+            by_digest = pool.submit(registry.get_manifest, repo, digest)
+            by_tag = pool.submit(registry.head_manifest, repo, ref.tag or digest)
+            confirmed = by_digest.result()[0] == manifest and by_tag.result() == digest
+            for note in remembered:
+                note.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    image = image.sealed(results[layer.digest if isinstance(layer, Layer) else id(layer)][0] for layer in image.layers)
-    registry.push_blob(ref.repository, image.config_bytes)
-    manifest = image.manifest_bytes
-    digest = registry.push_manifest(ref.repository, ref.tag or image.digest, manifest, image.media_type)
-    stored, _ = registry.get_manifest(ref.repository, digest)
-    if stored != manifest or (ref.tag and registry.head_manifest(ref.repository, ref.tag) != digest):
+    if not confirmed:
         raise InfrastructureError(
             "image_not_stored",
             f"{ref} was pushed, but the registry does not give {digest} back",
@@ -758,6 +765,10 @@ def push_image(registry: Registry, image: Image, ref: Reference, progress: Progr
         )
     reports = tuple(report for _, report in results.values())
     return PushReport(str(ref), digest, image.size, reports, image)
+
+
+def _is_small(layer: AnyLayer) -> TypeGuard[StreamedLayer]:
+    return isinstance(layer, StreamedLayer) and layer.size <= _SMALL
 
 
 def pull_image(registry: Registry, ref: Reference, platform: Platform | None = None) -> Image:
@@ -951,11 +962,11 @@ class _Feed:
         )
 
 
-def _said(response: httpx.Response) -> tuple[tuple[str, ...], str]:
+def _said(response: Response) -> tuple[tuple[str, ...], str]:
     """(codes, text) of an error body, which may be anything."""
     try:
-        body = response.content if response.is_closed else _at_most(response, _LONGEST_ERROR) or b""
-    except (httpx.HTTPError, httpx.StreamError):
+        body = response.at_most(_LONGEST_ERROR) or b""
+    except TransportError:
         return (), ""
     try:
         errors = json.loads(body)["errors"]
@@ -963,15 +974,6 @@ def _said(response: httpx.Response) -> tuple[tuple[str, ...], str]:
         return codes, "; ".join(f"{error['code']}: {error.get('message', '')}" for error in errors)[:500]
     except (ValueError, KeyError, TypeError, AttributeError):
         return (), " ".join(body[:300].decode("utf-8", "replace").split())
-
-
-def _at_most(response: httpx.Response, limit: int) -> bytes | None:
-    data = bytearray()
-    for piece in response.iter_raw():
-        data += piece
-        if len(data) > limit:
-            return None
-    return bytes(data)
 
 
 def _all_of(pieces: Iterator[bytes], limit: int) -> bytes:
@@ -983,7 +985,7 @@ def _all_of(pieces: Iterator[bytes], limit: int) -> bytes:
     return bytes(data)
 
 
-def _stored(response: httpx.Response, otherwise: int) -> int:
+def _stored(response: Response, otherwise: int) -> int:
     """How many bytes of an upload the registry has, by its Range header; `0-0` means none to some registries."""
     match = re.fullmatch(r"(?:bytes=)?0-([0-9]+)", response.headers.get("Range", ""))
     if match is None:
@@ -1002,16 +1004,24 @@ def _challenges(headers: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _backoff(attempt: int, asked: str | None = None) -> float:
+def backoff(attempt: int, asked: str | None = None) -> float:
     """Seconds to wait before the next attempt."""
     if asked is not None and asked.isdecimal():
         return min(float(asked), 30.0)
     return float(min(0.25 * 2**attempt, 8.0))
 
 
-def _trust(ca: Path | None) -> ssl.SSLContext:
+def certificates(ca: Path | None) -> ssl.SSLContext:
     """The system's authorities, and the ones in a PEM file."""
-    trust = httpx.create_ssl_context()
+    import certifi  # for https only
+
+    own = (os.environ.get("SSL_CERT_FILE") or None, os.environ.get("SSL_CERT_DIR") or None)
+    if own[0] is not None:
+        trust = ssl.create_default_context(cafile=own[0])
+    elif own[1] is not None:
+        trust = ssl.create_default_context(capath=own[1])
+    else:
+        trust = ssl.create_default_context(cafile=certifi.where())
     if ca is not None:
         try:
             trust.load_verify_locations(cafile=ca)
@@ -1030,20 +1040,11 @@ def _push(repo: str, action: str = "") -> str:
     return f"repository:{repo}:pull,push" + (f",{action}" if action else "")
 
 
-def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port
-
-
-def _bare(host: str) -> str:
-    return httpx.URL(f"http://{host}").host
-
-
-def _is_loopback(host: str) -> bool:
-    name = _bare(host) if ":" in host else host
+def is_loopback(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
+        return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 

@@ -97,7 +97,13 @@ def _kept(folder: Path, name: layers.Name, key: str) -> Layer | None:
 def dependencies_key(lock: Lock, base: BasePlatform, compression: Compression) -> str:
     """What the deps layer is made from. The base counts by its ABI: its patches reinstall nothing."""
     return _key(
-        "deps", lock.digest, base.abi, base.platform, layers.compressor(compression), compiler(base), installer.version()
+        "deps",
+        lock.digest,
+        base.abi,
+        base.platform,
+        layers.compressor(compression),
+        compiler(base),
+        installer.version(),
     )
 
 

@@ -823,9 +823,9 @@ def test_the_hash_covers_each_byte_once_whatever_is_sent_again() -> None:
 
 
 def test_backoff_grows_and_ends() -> None:
-    waits = [remote._backoff(attempt) for attempt in range(10)]
+    waits = [remote.backoff(attempt) for attempt in range(10)]
     assert waits == sorted(waits)
     assert max(waits) <= 8
-    assert remote._backoff(0, "3") == 3
-    assert remote._backoff(0, "100000") == 30
-    assert re.fullmatch(r"[0-9.]+", str(remote._backoff(0, "Wed, 21 Oct 2026 07:28:00 GMT")))
+    assert remote.backoff(0, "3") == 3
+    assert remote.backoff(0, "100000") == 30
+    assert re.fullmatch(r"[0-9.]+", str(remote.backoff(0, "Wed, 21 Oct 2026 07:28:00 GMT")))
