@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import select
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from build_service import api, guard, problems, processes, state, views
+from build_service import api, guard, migrate, problems, processes, state, storage, views
 from build_service.local import LocalPlatform
 from build_service.projection import Projection
 from build_service.reconciler import Reconciler
@@ -29,11 +29,10 @@ from build_service.remembered import Remembered
 from build_service.router import PREFIX, Router
 from build_service.routes import RouteTable
 from build_service.settings import Settings
-from registry import versions
 from registry.database import Database
 from registry.errors import EkibenError
 from registry.kinds import Kinds
-from registry.store import DirectoryStore, ObjectStore
+from registry.store import ObjectStore
 
 log = structlog.get_logger(__name__)
 
@@ -59,8 +58,13 @@ def create_app(settings: Settings, *, port: int) -> Application:
     lock = _claim(root)
     (root / "url").unlink(missing_ok=True)
     database = Database(settings.database_url)
-    database.create()
-    store = DirectoryStore(root / "objects")
+    try:
+        migrate.migrate(database)
+        store = storage.make(settings)
+    except EkibenError:
+        database.close()
+        os.close(lock)
+        raise
     kinds = Kinds.load(settings.kinds)
     links = views.Links(settings.public_url or f"http://localhost:{port}")
     owner = uuid.uuid4().hex
@@ -72,7 +76,8 @@ def create_app(settings: Settings, *, port: int) -> Application:
     platform = LocalPlatform(settings, store, routes, lambda: waker[0]() if waker else None)
     reconciler = Reconciler(settings, database, platform, owner)
     waker.append(reconciler.wake)
-    projection = Projection(database, root, root / "objects", settings.tracking_uri) if settings.mlflow else None
+    projection = Projection(database, root, store, settings.tracking_uri) if settings.mlflow else None
+    sweeper = storage.Sweeper(settings, database, store)
     default = Remembered(lambda: _default(database))
     tokens = _valid_tokens(settings, database)
     inference = Router(
@@ -95,6 +100,7 @@ def create_app(settings: Settings, *, port: int) -> Application:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await inference.start()
         reconciler.start()
+        sweeper.start()
         if projection is not None:
             projection.start()
         # Where a client on this machine finds the service, whatever port it took.
@@ -109,6 +115,7 @@ def create_app(settings: Settings, *, port: int) -> Application:
         finally:
             address.unlink(missing_ok=True)
             reconciler.close()
+            sweeper.close()
             if projection is not None:
                 projection.close()
             platform.close()
@@ -202,9 +209,7 @@ def _recover(settings: Settings, database: Database, store: ObjectStore, owner: 
     with database.write() as connection:
         state.release_builds(connection, owner)
         state.release_deployments(connection, settings.ready_seconds)
-        known = versions.locations(connection)
-    # The lock on the state folder says that nobody writes into its objects; of a bucket it says nothing.
-    store.sweep(known, stale=settings.stale_upload_seconds, alone=settings.s3_endpoint is None)
+    known = storage.sweep(settings, database, store, starting=True)
     for copy in (settings.root / "checkouts" / "models").glob("*"):
         if f"models/{copy.name}" not in known:
             shutil.rmtree(copy, ignore_errors=True)

@@ -26,6 +26,11 @@ metadata = MetaData(
 # A writer waits this long for another writer of the embedded database before it gives up, in milliseconds.
 _SQLITE_BUSY_MS = 20_000
 _POOL = 48  # connections
+_POOL_KEPT = 8  # of them, to a database that is a server
+
+_POSTGRESQL_LOCK = 0x656B6962656E  # "ekiben": the advisory lock of writers
+_POSTGRESQL_WAIT_MS = 20_000  # for another writer, before a writer gives up
+_POSTGRESQL_IDLE_MS = 10_000  # a writer that stands still this long is ended: its machine may be gone
 
 
 class now(FunctionElement[float]):
@@ -48,21 +53,25 @@ def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 class Database:
     """One engine; `read()` and `write()` are the only ways in.
 
-    `write()` takes SQLite's write lock at once (BEGIN IMMEDIATE), so that a read followed by a write in one
-    transaction never fails half way with "database is locked".
+    `write()` takes the one write lock at once (SQLite: BEGIN IMMEDIATE; PostgreSQL: an advisory lock for the length of
+    the transaction), so what a writer reads cannot change before it writes, on both alike (docs/decisions/0201).
     """
 
     def __init__(self, url: str) -> None:
+        embedded = url.startswith("sqlite")
         # One for every thread that may ask at once; none of them shall wait for another's answer to be written.
+        # A server counts its connections, so most of those are given back at once.
         self.engine: Engine = create_engine(
-            url, pool_pre_ping=not url.startswith("sqlite"), pool_size=_POOL, max_overflow=_POOL
+            url, pool_pre_ping=not embedded, pool_size=_POOL if embedded else _POOL_KEPT, max_overflow=_POOL
         )
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            event.listen(self.engine, "begin", _begin_postgresql)
 
     def create(self) -> None:
-        """Make the tables that are not there yet."""
+        """Make the tables that are not there yet, without a history: a service migrates instead."""
         metadata.create_all(self.engine)
 
     @contextmanager
@@ -92,3 +101,10 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     writes = connection.get_execution_options().get("ekiben_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    if connection.get_execution_options().get("ekiben_write", False):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_POSTGRESQL_WAIT_MS}")
+        connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {_POSTGRESQL_IDLE_MS}")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_POSTGRESQL_LOCK})")

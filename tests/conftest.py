@@ -5,17 +5,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
+
+from tests.servers import PostgreSQL, program
 
 _PROGRAMS = {
     "needs_registry": ("docker-registry",),
     "needs_podman": ("podman", "runc"),
     "needs_buildah": ("buildah",),
+    "needs_postgres": ("postgres", "initdb"),
 }
+_PACKAGES = {"postgres": "postgresql", "initdb": "postgresql"}  # where they are called otherwise
 _FOR_ROOT = ("needs_podman", "needs_buildah")
 _WANTING = ("is not installed", "needs root")
 
@@ -25,9 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, programs in _PROGRAMS.items():
             if item.get_closest_marker(marker) is None:
                 continue
-            for program in programs:
-                if shutil.which(program) is None:
-                    item.add_marker(pytest.mark.skip(reason=f"{program} is not installed (apt-get install {program})"))
+            for name in programs:
+                if program(name) is None:
+                    package = _PACKAGES.get(name, name)
+                    item.add_marker(pytest.mark.skip(reason=f"{name} is not installed (apt-get install {package})"))
             if marker in _FOR_ROOT and os.geteuid() != 0:
                 item.add_marker(pytest.mark.skip(reason=f"{programs[0]} needs root here"))
 
@@ -43,3 +49,23 @@ def pytest_runtest_makereport(
             report.outcome = "failed"
             report.longrepr = f"skipped where nothing may be skipped: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Generator[PostgreSQL, None, None]:
+    server = PostgreSQL()
+    yield server
+    server.close()
+
+
+_BOTH = [pytest.param("sqlite"), pytest.param("postgresql", marks=pytest.mark.needs_postgres)]
+_count = itertools.count()
+
+
+@pytest.fixture(params=_BOTH)
+def fresh_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """URLs of new empty databases, on either of the two that Ekiben works with."""
+    if request.param == "sqlite":
+        return lambda: f"sqlite:///{tmp_path / f'database-{next(_count)}.db'}"
+    server: PostgreSQL = request.getfixturevalue("postgresql")
+    return lambda: server.create(f"ekiben_{os.getpid()}_{next(_count)}")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from sqlalchemy import select, update
 
 from build_service import state
 from registry import versions
 from registry.database import Database, now
 from registry.errors import UserError
+from tests.servers import PostgreSQL
 
 OWNERS = ("left", "right")
 NAMES = ("churn", "fraud")
@@ -23,10 +27,13 @@ NAMES = ("churn", "fraud")
 class States(RuleBasedStateMachine):
     """Owners claim, change and lose builds and deployments; a user uploads, targets, cancels and deletes."""
 
+    def url(self) -> str:
+        return f"sqlite:///{Path(self.folder.name) / 'state.db'}"
+
     @initialize()
     def begin(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        self.database = Database(f"sqlite:///{Path(self.folder.name) / 'state.db'}")
+        self.database = Database(self.url())
         self.database.create()
         self.builds: dict[tuple[str, str], state.Build] = {}  # by owner and id: as each owner believes
         self.held: dict[tuple[str, str], state.Deployment] = {}
@@ -197,8 +204,21 @@ TestStates = States.TestCase
 TestStates.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
 
 
-def test_an_expired_lease_is_taken_over_and_the_old_owner_cannot_write(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'state.db'}")
+@pytest.mark.needs_postgres
+def test_the_same_holds_on_postgresql(postgresql: PostgreSQL) -> None:
+    numbers = itertools.count()
+
+    class OnPostgreSQL(States):
+        def url(self) -> str:
+            return postgresql.create(f"states_{next(numbers)}")
+
+    run_state_machine_as_test(
+        OnPostgreSQL, settings=settings(max_examples=10, stateful_step_count=40, deadline=None, database=None)
+    )
+
+
+def test_an_expired_lease_is_taken_over_and_the_old_owner_cannot_write(fresh_database: Callable[[], str]) -> None:
+    database = Database(fresh_database())
     database.create()
     with database.write() as connection:
         state.submit_build(connection, "b-1", "sha256:1", "01", None)
@@ -212,8 +232,8 @@ def test_an_expired_lease_is_taken_over_and_the_old_owner_cannot_write(tmp_path:
     database.close()
 
 
-def test_a_lost_service_does_not_cost_an_attempt(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'state.db'}")
+def test_a_lost_service_does_not_cost_an_attempt(fresh_database: Callable[[], str]) -> None:
+    database = Database(fresh_database())
     database.create()
     with database.write() as connection:
         state.submit_build(connection, "b-1", "sha256:1", "01", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 from sqlalchemy import insert, select, update
 
@@ -12,8 +12,8 @@ from registry.database import Database, now
 from registry.versions import counters
 
 
-def test_the_clock_is_the_databases_and_counts_seconds_since_1970(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'd.db'}")
+def test_the_clock_is_the_databases_and_counts_seconds_since_1970(fresh_database: Callable[[], str]) -> None:
+    database = Database(fresh_database())
     with database.read() as connection:
         before = time.time()
         value = connection.execute(select(now())).scalar_one()
@@ -21,8 +21,8 @@ def test_the_clock_is_the_databases_and_counts_seconds_since_1970(tmp_path: Path
     database.close()
 
 
-def test_writers_that_read_first_do_not_lose_each_others_writes(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'd.db'}")
+def test_writers_that_read_first_do_not_lose_each_others_writes(fresh_database: Callable[[], str]) -> None:
+    database = Database(fresh_database())
     database.create()
     database.create()  # fine when the tables are there
     with database.write() as connection:
@@ -44,8 +44,8 @@ def test_writers_that_read_first_do_not_lose_each_others_writes(tmp_path: Path) 
     database.close()
 
 
-def test_as_many_may_read_at_once_as_the_service_has_threads(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'd.db'}")
+def test_as_many_may_read_at_once_as_the_service_has_threads(fresh_database: Callable[[], str]) -> None:
+    database = Database(fresh_database())
     database.create()
     together = threading.Barrier(40, timeout=60)
     seen: list[int] = []

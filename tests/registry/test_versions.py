@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def test_numbers_are_never_used_again(steps: list[tuple[str, str, int]]) -> None
         database.close()
 
 
-def test_many_writers_at_once_give_every_number_once(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'v.db'}")
+def test_many_writers_at_once_give_every_number_once(fresh_database: Callable[[], str]) -> None:
+    database = Database(fresh_database())
     database.create()
     numbers: list[int] = []
 
