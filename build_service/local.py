@@ -44,7 +44,10 @@ _KEPT_LOGS = 20  # files of a deployment
 # What a serving process may know of this service's environment: nothing that could be a secret.
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
 # What a build may not know.
-_WITHHELD = ("EKIBEN_TOKEN", "EKIBEN_DATABASE", "EKIBEN_MLFLOW_URI")
+_WITHHELD = (
+    "EKIBEN_TOKEN", "EKIBEN_DATABASE", "EKIBEN_MLFLOW_URI", "EKIBEN_S3_ACCESS_KEY", "EKIBEN_S3_SECRET_KEY",
+    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MINIO_SECRET_KEY", "MINIO_ROOT_PASSWORD",
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -206,20 +209,11 @@ class LocalPlatform:
     def observe(self, deployment: str) -> Observed:
         with self._lock:
             served = self._served.get(deployment)
-            if served is None:
-                return Observed()
-            live = served.live.revision if served.live else None
-            ready = sum(1 for replica in served.replicas if replica.ready and replica.order.revision == live)
-            failure = served.failures.get(served.wanted.revision)
-            return Observed(
-                live,
-                ready,
-                served.checked,
-                served.wanted.revision if failure is not None else None,
-                failure,
-                served.crashes,
-                served.crash,
-            )
+            return Observed() if served is None else _observed(served)
+
+    def observe_all(self) -> dict[str, Observed]:
+        with self._lock:
+            return {name: _observed(served) for name, served in self._served.items()}
 
     def delete(self, deployment: str) -> None:
         with self._lock:
@@ -537,6 +531,22 @@ class LocalPlatform:
                 temporary.rename(target)
             shutil.rmtree(temporary, ignore_errors=True)
         return target
+
+
+def _observed(served: _Served) -> Observed:
+    live = served.live.revision if served.live else None
+    ready = sum(1 for replica in served.replicas if replica.ready and replica.order.revision == live)
+    failure = served.failures.get(served.wanted.revision)
+    return Observed(
+        live,
+        ready,
+        served.checked,
+        served.wanted.revision if failure is not None else None,
+        failure,
+        served.crashes,
+        served.crash,
+        served.wanted.terms,
+    )
 
 
 def _json(path: Path) -> Any:

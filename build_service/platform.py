@@ -6,6 +6,7 @@ applied changes nothing, deleting what is gone is fine. None of them waits for w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -59,6 +60,15 @@ class RevisionOrder:
     strategy: str
     proven: bool = False  # it has been live: when its process ends it is started again, and never given up
 
+    @property
+    def terms(self) -> str:
+        return terms(self.revision, self.replicas, self.resources, self.strategy, proven=self.proven)
+
+
+def terms(revision: int, replicas: int, resources: dict[str, str], strategy: str, *, proven: bool) -> str:
+    """All of an order that can change after it was applied, as one text to compare and to keep beside what runs."""
+    return json.dumps([revision, replicas, resources, strategy, proven], sort_keys=True, separators=(",", ":"))
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -66,7 +76,8 @@ class Observed:
 
     `revision` has the traffic and `ready` processes; `checked` is its golden sample's outcome. `failure` says why the
     revision `failed` cannot take the traffic. `crashes` counts the ends of processes that nobody asked for, of which
-    `crash` is the last.
+    `crash` is the last. `applied` are the terms of the order that the platform keeps to; None: it cannot tell, and is
+    told again in every round.
     """
 
     revision: int | None = None
@@ -76,6 +87,7 @@ class Observed:
     failure: Failure | None = None
     crashes: int = 0
     crash: Failure | None = None
+    applied: str | None = None
 
 
 class Platform(Protocol):
@@ -92,10 +104,17 @@ class Platform(Protocol):
         ...
 
     def apply(self, order: RevisionOrder) -> None:
-        """Roll the deployment to this revision. Traffic moves once all its processes passed their golden sample."""
+        """Roll the deployment to this revision. Traffic moves once all its processes passed their golden sample.
+
+        Asked only where the terms of the order differ from those that are observed, or a rollout is on its way."""
         ...
 
     def observe(self, deployment: str) -> Observed: ...
+
+    def observe_all(self) -> dict[str, Observed]:
+        """Every deployment that this platform runs or keeps anything of, by name. Asked in every round, so it must be
+        cheap: it answers from memory or from a cache that watches."""
+        ...
 
     def delete(self, deployment: str) -> None: ...
 

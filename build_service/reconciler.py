@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy import Connection
 
 from build_service import metrics, state
-from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, Platform, RevisionOrder
+from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, Platform, RevisionOrder, terms
 from build_service.settings import Settings
 from registry import versions
 from registry.database import Database, now
@@ -32,7 +32,6 @@ class Reconciler:
     def __init__(self, settings: Settings, database: Database, platform: Platform, owner: str) -> None:
         self._settings, self._database, self._platform, self._owner = settings, database, platform, owner
         self._held: dict[str, state.Build] = {}  # builds under our lease
-        self._crashes: dict[str, int] = {}  # of deployments, as far as they are told
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
@@ -60,24 +59,30 @@ class Reconciler:
             self._wake.clear()
 
     def round(self) -> bool:
-        """One look at everything; True while something is on its way."""
-        busy = self._builds()
+        """One look at everything; True while something is on its way. At rest it reads, and writes nothing."""
+        # Observed before it is read: what runs and has no row then was deleted, and is not only about to be made.
+        observed = self._platform.observe_all()
         with self._database.read() as connection:
-            deployments = state.all_deployments(connection)
-            deleted = state.all_deployments(connection, deleted=True)
-        for deployment in deployments:
+            waits = state.build_waits(connection)
+            standings = state.standings(connection)
+        busy = self._builds(waits)
+        for standing in standings:
+            seen = observed.pop(standing.name, None)
             try:
-                busy = self._deployment(deployment.name) or busy
+                if _needs_a_step(standing, seen):
+                    busy = self._deployment(standing.name) or busy
+                elif standing.revision_state in ("pending", "live"):
+                    busy = busy or seen is None or seen.ready < standing.replicas or standing.state == "pending"
             except Exception:  # one deployment's trouble must not hold up the others
-                log.exception("a deployment's step stumbled", deployment=deployment.name)
-        for deployment in deleted:
-            self._platform.delete(deployment.name)
+                log.exception("a deployment's step stumbled", deployment=standing.name)
+        for name in observed:
+            self._platform.delete(name)
         return busy
 
     # --- builds -----------------------------------------------------------------------------------------------------
 
-    def _builds(self) -> bool:
-        while len(self._held) < self._settings.builds_at_once:
+    def _builds(self, waits: bool) -> bool:
+        while waits and len(self._held) < self._settings.builds_at_once:
             with self._database.write() as connection:
                 build = state.claim_build(connection, self._owner, _LEASE_SECONDS)
             if build is None:
@@ -312,10 +317,11 @@ class Reconciler:
 
     def _tell_crashes(self, held: state.Deployment, wanted: state.Revision, observed: Observed) -> None:
         """A process that ends again and again is no secret, and no reason to stop trying."""
-        told = self._crashes.get(held.name, 0)
-        self._crashes[held.name] = observed.crashes
         with self._database.write() as connection:
-            if observed.crash is not None and observed.crashes > 0 and observed.crashes != told:
+            if not state.change_deployment(connection, held):
+                return
+            told = state.tell_crashes(connection, held.name, observed.crashes)
+            if observed.crash is not None and observed.crashes > told:
                 failure = observed.crash
                 state.record(
                     connection,
@@ -359,3 +365,20 @@ class Reconciler:
         return RevisionOrder(
             held.name, wanted.number, version, build.result, held.replicas, held.resources, held.strategy, proven
         )
+
+
+def _needs_a_step(standing: state.Standing, seen: Observed | None) -> bool:
+    """Whether something is to be done that needs the deployment's lease. A pure question, asked of all in every round."""
+    observed = seen or Observed()
+
+    def applied(revision: int) -> bool:
+        wanted = terms(revision, standing.replicas, standing.resources, standing.strategy, proven=True)
+        return observed.applied == wanted
+
+    if standing.revision_state == "live":
+        mended = standing.state == "live" and standing.reason is not None and observed.ready >= standing.replicas
+        return mended or not applied(standing.desired) or observed.crashes != standing.told_crashes
+    if standing.revision_state == "pending":
+        built = standing.build_state not in state.BUILD_OPEN
+        return built or (standing.live is not None and not applied(standing.live))
+    return standing.revision_state == "rolling" or (standing.live is None and seen is not None)

@@ -13,6 +13,7 @@ from sqlalchemy import (
     JSON,
     Boolean,
     Column,
+    ColumnElement,
     Connection,
     Float,
     Index,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     case,
+    delete,
     func,
     insert,
     or_,
@@ -103,6 +105,13 @@ revisions = Table(
     Column("rolling_since", Float),
     Column("deadline", Float),
     Column("live_since", Float),
+)
+
+told_crashes = Table(  # how many of a deployment's crashes its events tell, whichever replica of the service told them
+    "told_crashes",
+    metadata,
+    Column("deployment", String(40), primary_key=True),
+    Column("crashes", Integer, nullable=False),
 )
 
 events = Table(
@@ -197,6 +206,23 @@ class Revision:
     live_since: float | None
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What tells whether a deployment needs a step: what is wanted, and what was told of it."""
+
+    name: str
+    state: str
+    desired: int
+    live: int | None
+    replicas: int
+    resources: dict[str, str]
+    strategy: str
+    reason: str | None
+    revision_state: str
+    build_state: str
+    told_crashes: int
+
+
 # --- builds ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,20 +283,21 @@ def build_of_version(connection: Connection, version_id: str) -> Build | None:
     return None if row is None else Build(**row._mapping)
 
 
+def _claimable() -> ColumnElement[bool]:
+    """Builds that wait, or whose owner is gone."""
+    return or_(
+        (builds.c.state == "queued") & (builds.c.not_before <= now()),
+        (builds.c.state == "running") & (builds.c.lease_until < now()),
+    )
+
+
+def build_waits(connection: Connection) -> bool:
+    return connection.execute(select(builds.c.id).where(_claimable()).limit(1)).first() is not None
+
+
 def claim_build(connection: Connection, owner: str, lease_seconds: float) -> Build | None:
     """The oldest build that waits, or whose owner is gone, now leased to `owner`."""
-    waiting = (
-        select(builds.c.id)
-        .where(
-            or_(
-                (builds.c.state == "queued") & (builds.c.not_before <= now()),
-                (builds.c.state == "running") & (builds.c.lease_until < now()),
-            )
-        )
-        .order_by(builds.c.created)
-        .limit(1)
-        .scalar_subquery()
-    )
+    waiting = select(builds.c.id).where(_claimable()).order_by(builds.c.created).limit(1).scalar_subquery()
     row = connection.execute(
         update(builds)
         .where(builds.c.id == waiting)
@@ -371,10 +398,40 @@ def need_deployment(connection: Connection, name: str) -> Deployment:
     return found
 
 
-def all_deployments(connection: Connection, *, deleted: bool = False) -> list[Deployment]:
-    query = select(deployments).order_by(deployments.c.name)
-    query = query.where(deployments.c.deleted.is_not(None) if deleted else deployments.c.deleted.is_(None))
+def all_deployments(connection: Connection) -> list[Deployment]:
+    query = select(deployments).where(deployments.c.deleted.is_(None)).order_by(deployments.c.name)
     return [Deployment(**row._mapping) for row in connection.execute(query)]
+
+
+def standings(connection: Connection) -> list[Standing]:
+    """Of every deployment that is not deleted, in one query: a round at rest costs no more than this."""
+    query = (
+        select(
+            *(deployments.c[name] for name in (
+                "name", "state", "desired", "live", "replicas", "resources", "strategy", "reason"
+            )),
+            revisions.c.state.label("revision_state"),
+            builds.c.state.label("build_state"),
+            func.coalesce(told_crashes.c.crashes, 0).label("told_crashes"),
+        )
+        .join(revisions, (revisions.c.deployment == deployments.c.name) & (revisions.c.number == deployments.c.desired))
+        .join(builds, builds.c.id == revisions.c.build_id)
+        .outerjoin(told_crashes, told_crashes.c.deployment == deployments.c.name)
+        .where(deployments.c.deleted.is_(None))
+        .order_by(deployments.c.name)
+    )  # fmt: skip
+    return [Standing(**row._mapping) for row in connection.execute(query)]
+
+
+def tell_crashes(connection: Connection, name: str, crashes: int) -> int:
+    """Write down how many crashes are told from now on; returns how many were told before."""
+    mine = told_crashes.c.deployment == name
+    before = connection.execute(select(told_crashes.c.crashes).where(mine)).scalar_one_or_none()
+    if before is None:
+        connection.execute(insert(told_crashes).values(deployment=name, crashes=crashes))
+    elif before != crashes:
+        connection.execute(update(told_crashes).where(mine).values(crashes=crashes))
+    return before or 0
 
 
 def default_deployment(connection: Connection) -> Deployment | None:
@@ -527,6 +584,7 @@ def change_deployment(connection: Connection, held: Deployment, **values: Any) -
 def release_deployments(connection: Connection, ready_seconds: float) -> None:
     """Embedded: no other process can hold a lease when this one starts, and what was rolling starts afresh."""
     connection.execute(update(deployments).values(lease_until=0.0))
+    connection.execute(delete(told_crashes))  # this process counts its platform's crashes from nothing
     connection.execute(update(revisions).where(revisions.c.state == "rolling").values(deadline=now() + ready_seconds))
 
 
