@@ -1,0 +1,3 @@
+module ekiben.test/pause
+
+go 1.26.0
