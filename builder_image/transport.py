@@ -1,7 +1,7 @@
 """HTTP/1.1 for the registry client: requests over connections that are kept, streamed both ways.
 
 Over the standard library's `http.client`, because a weights-only build takes a fifth of a second and the import of an
-HTTP library would be a good part of it (docs/decisions/0104-http-by-the-standard-library.md). What a request means, and
+HTTP library would be a good part of it (docs/decisions/0104-little-to-import.md). What a request means, and
 whether it is repeated, is decided in `remote`.
 """
 
@@ -16,7 +16,7 @@ import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from registry.errors import UserError
@@ -137,6 +137,39 @@ class Response:
             self._done(whole)
 
 
+class _Head:
+    """What http.client reads an answer's head from; knows its last line."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.last = file, b""
+
+    def readline(self, limit: int) -> bytes:
+        self.last = self.file.readline(limit)
+        return self.last
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _WholeHead(http.client.HTTPResponse):
+    """http.client takes a connection's end for the end of the head: a broken answer would pass as one without headers,
+    and a broken `200 OK` to HEAD for a blob that is there."""
+
+    fp: Any
+
+    def begin(self) -> None:
+        head = _Head(self.fp)
+        self.fp = head
+        try:
+            super().begin()
+        finally:
+            if self.fp is head:
+                self.fp = head.file
+        if head.last not in (b"\r\n", b"\n"):
+            self.close()
+            raise http.client.RemoteDisconnected("the connection ended within the head of the answer")
+
+
 class Client:
     """Sends requests; safe to use from several threads, each of which has a connection of its own meanwhile.
 
@@ -205,6 +238,7 @@ class Client:
                 connection.set_tunnel(url.host, url.port, dict(proxy.headers))
         else:
             connection = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
+        connection.response_class = _WholeHead
         try:
             connection.connect()
         except TimeoutError as error:

@@ -16,7 +16,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,30 @@ def test_the_second_push_uploads_only_what_changed(
         assert layout.write_layout(pulled, tmp_path / "pulled").digest == second.digest
     # the registry's own log: uploads begun, in the first push 4 layers and a config, then a model and a config
     assert len(registry_server.requests("POST")) == 5 + 2
+    assert len(registry_server.requests("PATCH")) == 0, "small blobs go up in one request"
+
+
+@needs_registry
+def test_layers_that_look_alike_are_pushed_each(registry_server: Any, make_image: Any) -> None:
+    """Streamed layers know no digest yet: two of one name and size are still two."""
+    image = make_image()
+    alike = [
+        layers.StreamedLayer("model", layers.TAR, 4, lambda data=data: iter([data])) for data in (b"one.", b"two.")
+    ]
+    with Registry(registry_server.host) as registry:
+        pushed = remote.push_image(registry, replace(image, layers=(*image.layers, *alike)), _ref(registry_server.host))
+        assert [layer.digest for layer in pushed.image.known_layers()[-2:]] == [of_bytes(b"one."), of_bytes(b"two.")]
+        assert all(registry.has_blob("ekiben", layer.digest) for layer in pushed.layers)
+
+
+@needs_registry
+def test_a_push_remembers_what_its_layers_were_made_from(registry_server: Any, make_image: Any, tmp_path: Path) -> None:
+    built = layout.write_layout(make_image(), tmp_path / "out")
+    _, deps, code, _ = built.known_layers()
+    with Registry(registry_server.host) as registry:
+        remote.push_image(registry, built, _ref(registry_server.host), notes={"k1": deps, "k2": code})
+        assert remote.find_layer(registry, "ekiben", "k1") == deps
+        assert remote.find_layer(registry, "ekiben", "k2") == code
 
 
 @needs_registry
