@@ -1,6 +1,7 @@
 """`python -m builder_image SPEC.json`: run one build (docs/design.md §7).
 
     python -m builder_image SPEC.json                     a build, as build_service starts it
+    python -m builder_image fetch | inspect | assemble    a build in three steps, as a pod's containers run them
     python -m builder_image containerize BENTO_TAG …      any Bento of the local Bento store → an OCI image
     python -m builder_image base import REF_OR_LAYOUT …   describe a base image and keep it
 
@@ -13,19 +14,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from builder_image.build import build
-from builder_image.installer import Tools
-from builder_image.process import Processes, hold_lifeline, redact
+from builder_image import ending
+from builder_image.process import Processes, hold_lifeline
 from builder_image.progress import Progress
-from builder_image.spec import BadSpec, BuildSpec, plain
-from registry import digest
-from registry.errors import EkibenError, InfrastructureError, UserError
-
-OK, USER_ERROR, INFRASTRUCTURE_ERROR, LIMIT = 0, 2, 3, 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from builder_image import commands  # their parsers and the registry client are not for builds
 
         return commands.main(arguments)
+    if len(arguments) == 1 and arguments[0] in ("fetch", "inspect", "assemble"):
+        from builder_image import steps
+
+        return steps.main(arguments[0], os.environ)
     spec, lifeline = _options(arguments)
     processes = Processes()
     if lifeline is not None:
@@ -64,48 +62,27 @@ def _options(arguments: list[str]) -> tuple[Path, int | None]:
 
 def run(file: Path, processes: Processes) -> int:
     """Run the build of a spec file; the exit code."""
+    from builder_image.build import build
+    from builder_image.installer import Tools
+    from builder_image.spec import BadSpec, BuildSpec, plain
+
     try:
         spec = BuildSpec.parse(file.read_bytes())
     except (OSError, BadSpec) as error:
         print(f"{file}: {error}", file=sys.stderr)
-        return USER_ERROR
+        return ending.USER_ERROR
     progress = Progress(sys.stdout)
     try:
         result = build(spec, progress, Tools.of(os.environ, processes))
     except Exception as error:
-        problem, code = _problem(error)
-        _write(spec.result, {"error": {"stage": progress.current, **problem}})
+        problem, code = ending.problem(error)
+        ending.write(spec.result, {"error": {"stage": progress.current, **problem}})
         print(f"{progress.current}: {problem['code']}: {problem['message']}", file=sys.stderr)
         return code
     finally:
         shutil.rmtree(spec.work, ignore_errors=True)
-    _write(spec.result, plain(result))
-    return OK
-
-
-def _problem(error: Exception) -> tuple[dict[str, str | None], int]:
-    if isinstance(error, EkibenError):
-        code = USER_ERROR if isinstance(error, UserError) else INFRASTRUCTURE_ERROR
-        return {"code": error.code, "message": redact(error.detail), "hint": error.hint}, code
-    import traceback
-
-    traceback.print_exception(error)
-    if isinstance(error, MemoryError):
-        return {"code": "out_of_memory", "message": "the build ran out of memory", "hint": "give it more memory"}, LIMIT
-    if isinstance(error, OSError) and error.errno == 28:
-        full = InfrastructureError("disk_full", "the disk is full", hint="free some space and try again")
-        return _problem(full)
-    text = redact(f"{type(error).__name__}: {error}")[:500]
-    return {"code": "internal_error", "message": text, "hint": "see the build's log"}, INFRASTRUCTURE_ERROR
-
-
-def _write(place: Path, value: object) -> None:
-    """Whole or not at all: whoever waits for the file may read it at once."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
-        file.write(digest.canonical_json(value))
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, place)
+    ending.write(spec.result, plain(result))
+    return ending.OK
 
 
 if __name__ == "__main__":

@@ -262,10 +262,10 @@ def _network(tools: Tools) -> bool:
 
 def told(file: Path) -> dict[str, Any]:
     """What a service said of itself in a process that is trusted with nothing: checked as `ask` does."""
-    return _answer(file, "", 0, "", _IMPORT_HINT)
+    return _answer(file, "", 0, "")
 
 
-def _answer(file: Path, output: str, code: int, context: str, hint: str) -> dict[str, Any]:
+def _answer(file: Path, output: str, code: int, context: str, hint: str = _IMPORT_HINT) -> dict[str, Any]:
     """Check what the inspector hands over as one checks an upload: what it is, size, shape, types."""
     data = _read(file)
     if data is None:

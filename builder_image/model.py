@@ -27,7 +27,7 @@ class Model:
     def parts(self) -> dict[str, Path]:
         """Every file of the folder, the manifest included, by its path in the folder."""
         found = {f"files/{path}": place for path, place in self.files.items()}
-        for path, _, _ in _attachments(self.manifest):
+        for path, _, _ in attachments(self.manifest):
             found[path] = self.dir / path
         found[MANIFEST] = self.dir / MANIFEST
         return found
@@ -56,14 +56,15 @@ def read(folder: Path, *, files: bool = True) -> Model:
         raise InfrastructureError(
             "model_missing", f"there is no {MANIFEST} in the model folder {folder.name}", hint="upload the model again"
         ) from error
-    for path, size, sha256 in _attachments(manifest):
+    for path, size, sha256 in attachments(manifest):
         _verify(folder, path, size, sha256)
     found = Model(folder, manifest)
     found.verify_files(content=files)
     return found
 
 
-def _attachments(manifest: Manifest) -> list[tuple[str, int, str]]:
+def attachments(manifest: Manifest) -> list[tuple[str, int, str]]:
+    """(path, size, SHA-256) of the files beside the user's."""
     found = []
     for name, attachment in (("sample.json", manifest.sample), ("expected.json", manifest.expected)):
         if attachment is not None:

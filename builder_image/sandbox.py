@@ -25,7 +25,7 @@ from dataclasses import dataclass
 FAILED = 125
 """Exit code of the script where the sandbox could not be made; the program was not started then."""
 
-_SET_NO_NEW_PRIVS, _GET_SECCOMP, _SET_PDEATHSIG = 38, 21, 1
+_SET_NO_NEW_PRIVS, _GET_SECCOMP, _SET_PDEATHSIG, _SET_DUMPABLE = 38, 21, 1, 4
 _SET_MODE_FILTER, _TO_ALL_THREADS = 1, 1
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
@@ -88,6 +88,12 @@ def confine() -> None:
         raise OSError(ctypes.get_errno(), "the filter of system calls was not taken")
 
 
+def hide() -> None:
+    """Keep this process's memory and variables from programs of the same user, which find them in /proc otherwise."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_DUMPABLE, 0, 0, 0, 0)
+
+
 def program(machine: Machine) -> list[Instruction]:
     """The filter. A foreign ABI (i386 on x86-64, 32-bit ARM) has other numbers, so that its first call is its last."""
     code: list[Instruction] = [
@@ -134,7 +140,7 @@ def main(order: str, argv: Sequence[str]) -> None:
             _leave_network()
             if unavailable() is None:
                 confine()
-        os.execv(argv[0], argv)
+        os.execv(argv[0], list(argv))
     except OSError as error:
         print(f"the sandbox could not be made: {error}", file=sys.stderr)
         sys.exit(FAILED)
