@@ -66,7 +66,8 @@ def _locks() -> Iterator[tuple[Path, list[str]]]:
         ROOT / "requirements.lock",
         [*common, "pyproject.toml", "client/pyproject.toml", "--group", "pyproject.toml:dev"],
     )
-    for source in sorted((ROOT / "containerfiles").glob("*.in")):  # our images hold the versions that the tests ran with
+    for source in sorted((ROOT / "containerfiles").glob("*.in")):
+        # Our own images hold the versions that the tests ran with.
         ours = [] if source.stem == "mlflow" else ["--constraint", "requirements.lock"]
         yield source.with_suffix(".txt"), [*common, str(source.relative_to(ROOT)), *ours]
     for source in sorted((ROOT / "bentos").glob("*/requirements.in")):
