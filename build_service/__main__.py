@@ -17,7 +17,9 @@ import structlog
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
+from sqlalchemy.exc import OperationalError
 
+from build_service import commands
 from build_service.app import VERSION, create_app
 from build_service.settings import Settings
 from registry.errors import EkibenError
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--settings", action="store_true", help="list every setting with its default, and end")
     parser.add_argument("--openapi", action="store_true", help="print the API's OpenAPI document, and end")
     parser.add_argument("--version", action="version", version=f"ekiben-server {VERSION}")
+    commands.add(parser)
     arguments = parser.parse_args()
     if arguments.settings:
         _print_settings()
@@ -53,6 +56,8 @@ def main() -> int:
         return 2
     if arguments.openapi:
         return _print_openapi(settings)
+    if "run" in arguments:
+        return commands.run(arguments.run, arguments, settings)
     return _serve(settings)
 
 
@@ -68,8 +73,8 @@ def _serve(settings: Settings) -> int:
         return 1
     try:
         application = create_app(settings, port=listening.getsockname()[1])
-    except EkibenError as error:
-        print(f"ekiben-server: {error.detail} [{error.code}]\nhint: {error.hint}", file=sys.stderr)
+    except (EkibenError, OperationalError) as error:
+        commands.explain(error)
         return 1
     config = uvicorn.Config(
         application,
@@ -128,7 +133,9 @@ def _print_settings() -> None:
 def _print_openapi(settings: Settings) -> int:
     """The document of an application that is made in a folder of its own and never started."""
     with tempfile.TemporaryDirectory() as folder:
-        alone = settings.model_copy(update={"home": Path(folder), "database": None, "mlflow": False})
+        alone = settings.model_copy(
+            update={"home": Path(folder), "database": None, "s3_endpoint": None, "mlflow": False}
+        )
         document = create_app(alone, port=Settings.model_fields["port"].default).fastapi.openapi()
     print(json.dumps(document, indent=1, sort_keys=True))
     return 0

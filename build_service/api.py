@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, closing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request, Response
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, StreamingResponse
-from ulid import ULID
 
-from build_service import identity, imports, intake, metrics, shapes, state, views
+from build_service import identity, imports, intake, metrics, shapes, state, tokens, views
 from build_service.platform import Platform
 from build_service.reconciler import Reconciler
 from build_service.settings import Settings
 from registry import versions
-from registry.database import Database, now
+from registry.database import Database
 from registry.errors import EkibenError, UserError
 from registry.kinds import Kinds
 from registry.manifest import check_name
@@ -485,19 +482,17 @@ def router(service: Service) -> APIRouter:
 
     @api.post("/tokens", status_code=201, tags=["tokens"], operation_id="make_token")
     def make_token(wanted: shapes.TokenRequest) -> shapes.TokenView:
-        token = f"ekb_{secrets.token_urlsafe(32)}"
-        values = {"id": str(ULID()), "name": wanted.name, "sha256": hashlib.sha256(token.encode()).hexdigest()}
         with database.write() as connection:
-            row = connection.execute(insert(state.tokens).values(**values).returning(state.tokens)).one()
+            row, token = tokens.make(connection, wanted.name)
         service.changed()
         return shapes.TokenView(
             id=row.id, name=row.name, created=views.stamp(row.created) or "", revoked=False, token=token
         )
 
     @api.get("/tokens", tags=["tokens"], operation_id="list_tokens")
-    def tokens() -> shapes.Page[shapes.TokenView]:
+    def list_tokens() -> shapes.Page[shapes.TokenView]:
         with database.read() as connection:
-            rows = connection.execute(select(state.tokens).order_by(state.tokens.c.created)).all()
+            rows = tokens.all_of(connection)
         items = [
             shapes.TokenView(
                 id=row.id, name=row.name, created=views.stamp(row.created) or "", revoked=row.revoked is not None
@@ -509,8 +504,7 @@ def router(service: Service) -> APIRouter:
     @api.delete("/tokens/{token_id}", status_code=204, tags=["tokens"], operation_id="revoke_token")
     def revoke_token(token_id: str) -> None:
         with database.write() as connection:
-            done = connection.execute(update(state.tokens).where(state.tokens.c.id == token_id).values(revoked=now()))
-            if done.rowcount == 0:
+            if not tokens.revoke(connection, token_id):
                 raise UserError("token_not_found", f"There is no token {token_id[:40]!r}.", field="id", status=404)
         service.changed()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 import uuid
@@ -21,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import select
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from build_service import api, guard, migrate, problems, processes, state, storage, views
+from build_service import api, guard, migrate, problems, processes, state, storage, tokens, views
 from build_service.local import LocalPlatform
 from build_service.projection import Projection
 from build_service.reconciler import Reconciler
@@ -79,7 +78,7 @@ def create_app(settings: Settings, *, port: int) -> Application:
     projection = Projection(database, root, store, settings.tracking_uri) if settings.mlflow else None
     sweeper = storage.Sweeper(settings, database, store)
     default = Remembered(lambda: _default(database))
-    tokens = _valid_tokens(settings, database)
+    valid = _valid_tokens(settings, database)
     inference = Router(
         routes,
         default=default,
@@ -91,8 +90,8 @@ def create_app(settings: Settings, *, port: int) -> Application:
 
     def forget() -> None:
         default.forget()
-        if tokens is not None:
-            tokens.forget()
+        if valid is not None:
+            valid.forget()
 
     service = api.Service(settings, database, store, kinds, platform, reconciler, lambda: links, forget)
 
@@ -147,7 +146,7 @@ def create_app(settings: Settings, *, port: int) -> Application:
     policy = guard.Policy(
         hosts=frozenset(host.lower() for host in hosts),
         cors=frozenset(settings.cors_origins),
-        tokens=tokens,
+        tokens=valid,
     )
     return Application(guard.Guard(dispatch, policy), app)
 
@@ -206,9 +205,10 @@ def _claim(root: Path) -> int:
 
 def _recover(settings: Settings, database: Database, store: ObjectStore, owner: str) -> None:
     """What an earlier service left unfinished: uploads without a version go, work under its lease is free again."""
-    with database.write() as connection:
-        state.release_builds(connection, owner)
-        state.release_deployments(connection, settings.ready_seconds)
+    if database.embedded:  # a shared one may have other services: their leases run out by themselves
+        with database.write() as connection:
+            state.release_builds(connection, owner)
+            state.release_deployments(connection, settings.ready_seconds)
     known = storage.sweep(settings, database, store, starting=True)
     for copy in (settings.root / "checkouts" / "models").glob("*"):
         if f"models/{copy.name}" not in known:
@@ -252,13 +252,13 @@ def _pending(database: Database, name: str) -> EkibenError:
 
 
 def _valid_tokens(settings: Settings, database: Database) -> Remembered[frozenset[str]] | None:
-    if settings.token is None:
+    """Digests of the tokens that open the API; None where nobody but this machine's users can reach it."""
+    if settings.loopback and settings.token is None:
         return None
-    first = hashlib.sha256(settings.token.encode()).hexdigest()
+    first = frozenset(() if settings.token is None else (tokens.digest(settings.token),))
 
     def valid() -> frozenset[str]:
         with database.read() as connection:
-            rows = connection.execute(select(state.tokens.c.sha256).where(state.tokens.c.revoked.is_(None)))
-            return frozenset((first, *rows.scalars()))
+            return first | tokens.valid_digests(connection)
 
     return Remembered(valid)

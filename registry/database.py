@@ -58,7 +58,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        embedded = url.startswith("sqlite")
+        self.embedded = embedded = url.startswith("sqlite")  # no other service can work with it
         # One for every thread that may ask at once; none of them shall wait for another's answer to be written.
         # A server counts its connections, so most of those are given back at once.
         self.engine: Engine = create_engine(
