@@ -59,15 +59,22 @@ class RevisionOrder:
     resources: dict[str, str]
     strategy: str
     proven: bool = False  # it has been live: when its process ends it is started again, and never given up
+    default: bool = False  # it answers calls that name no deployment
+    fence: int = field(default=0, compare=False)  # of the lease it is ordered under: an older one is overtaken
 
     @property
     def terms(self) -> str:
-        return terms(self.revision, self.replicas, self.resources, self.strategy, proven=self.proven)
+        return terms(
+            self.revision, self.replicas, self.resources, self.strategy, proven=self.proven, default=self.default
+        )
 
 
-def terms(revision: int, replicas: int, resources: dict[str, str], strategy: str, *, proven: bool) -> str:
+def terms(
+    revision: int, replicas: int, resources: dict[str, str], strategy: str, *, proven: bool, default: bool
+) -> str:
     """All of an order that can change after it was applied, as one text to compare and to keep beside what runs."""
-    return json.dumps([revision, replicas, resources, strategy, proven], sort_keys=True, separators=(",", ":"))
+    wanted = [revision, replicas, resources, strategy, proven, default]
+    return json.dumps(wanted, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Observed:
     `revision` has the traffic and `ready` processes; `checked` is its golden sample's outcome. `failure` says why the
     revision `failed` cannot take the traffic. `crashes` counts the ends of processes that nobody asked for, of which
     `crash` is the last. `applied` are the terms of the order that the platform keeps to; None: it cannot tell, and is
-    told again in every round.
+    told again in every round. `waiting` says what keeps the wanted revision, when that may pass by itself.
     """
 
     revision: int | None = None
@@ -88,6 +95,7 @@ class Observed:
     crashes: int = 0
     crash: Failure | None = None
     applied: str | None = None
+    waiting: Failure | None = None
 
 
 class Platform(Protocol):
@@ -101,6 +109,10 @@ class Platform(Protocol):
 
     def holds(self, result: dict[str, Any]) -> bool:
         """Whether what a build left behind is still there."""
+        ...
+
+    def check(self, deployment: str, resources: dict[str, str], replicas: int, strategy: str) -> None:
+        """UserError, such as `insufficient_gpu`, if this platform surely cannot give so much; asked before a build."""
         ...
 
     def apply(self, order: RevisionOrder) -> None:

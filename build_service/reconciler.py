@@ -224,8 +224,10 @@ class Reconciler:
         else:
             with self._database.read() as connection:
                 late = state.past_deadline(connection, held.name, wanted.number)
-            if late:
-                failure = Failure(
+            if not late:
+                self._tell_waiting(held, observed)
+            else:
+                failure = observed.waiting or Failure(
                     "ready_timeout",
                     f"Revision {wanted.number} was not ready within {self._settings.ready_seconds:.0f} s.",
                     hint=f"Look at `ekiben logs {held.name}`; a large model may need a longer EKIBEN_READY_SECONDS.",
@@ -311,6 +313,7 @@ class Reconciler:
         self._platform.apply(self._order(held, wanted, build, proven=True))
         observed = self._platform.observe(held.name)
         self._tell_crashes(held, wanted, observed)
+        self._tell_waiting(held, observed)
         if observed.ready == 0 and build.result is not None and not self._platform.holds(build.result):
             self._rebuild(build)
         return observed.ready < held.replicas
@@ -337,6 +340,15 @@ class Reconciler:
             elif held.state == "live" and held.reason is not None and observed.ready >= held.replicas:
                 state.change_deployment(connection, held, reason=None, code=None, hint=None)
 
+    def _tell_waiting(self, held: state.Deployment, observed: Observed) -> None:
+        """Why it takes long: it may pass by itself, and until then it is the deployment's reason."""
+        waiting = observed.waiting
+        if waiting is not None and waiting.message != held.reason and held.state in ("rolling", "live"):
+            with self._database.write() as connection:
+                state.change_deployment(
+                    connection, held, reason=waiting.message, code=waiting.code, hint=waiting.hint
+                )  # fmt: skip
+
     def _rebuild(self, build: state.Build) -> None:
         log.warning("what a build had left is gone; it runs again", build=build.id)
         with self._database.write() as connection:
@@ -362,22 +374,27 @@ class Reconciler:
         assert build.result is not None
         with self._database.read() as connection:
             version = versions.by_id(connection, wanted.version_id)
+            default = state.default_deployment(connection)
         return RevisionOrder(
-            held.name, wanted.number, version, build.result, held.replicas, held.resources, held.strategy, proven
-        )
+            held.name, wanted.number, version, build.result, held.replicas, held.resources, held.strategy, proven,
+            default is not None and default.name == held.name, held.fence,
+        )  # fmt: skip
 
 
 def _needs_a_step(standing: state.Standing, seen: Observed | None) -> bool:
-    """Whether something is to be done that needs the deployment's lease. A pure question, asked of all in every round."""
+    """Whether something is to be done that needs the deployment's lease. A pure question, asked of all every round."""
     observed = seen or Observed()
 
     def applied(revision: int) -> bool:
-        wanted = terms(revision, standing.replicas, standing.resources, standing.strategy, proven=True)
+        wanted = terms(
+            revision, standing.replicas, standing.resources, standing.strategy, proven=True, default=standing.default
+        )
         return observed.applied == wanted
 
     if standing.revision_state == "live":
         mended = standing.state == "live" and standing.reason is not None and observed.ready >= standing.replicas
-        return mended or not applied(standing.desired) or observed.crashes != standing.told_crashes
+        waits = observed.waiting is not None and observed.waiting.message != standing.reason
+        return mended or waits or not applied(standing.desired) or observed.crashes != standing.told_crashes
     if standing.revision_state == "pending":
         built = standing.build_state not in state.BUILD_OPEN
         return built or (standing.live is not None and not applied(standing.live))

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Index,
     Integer,
     Row,
+    ScalarSelect,
     String,
     Table,
     Text,
@@ -221,6 +222,7 @@ class Standing:
     revision_state: str
     build_state: str
     told_crashes: int
+    default: bool
 
 
 # --- builds ---------------------------------------------------------------------------------------------------------
@@ -413,6 +415,7 @@ def standings(connection: Connection) -> list[Standing]:
             revisions.c.state.label("revision_state"),
             builds.c.state.label("build_state"),
             func.coalesce(told_crashes.c.crashes, 0).label("told_crashes"),
+            (deployments.c.name == _default_name()).label("default"),
         )
         .join(revisions, (revisions.c.deployment == deployments.c.name) & (revisions.c.number == deployments.c.desired))
         .join(builds, builds.c.id == revisions.c.build_id)
@@ -434,13 +437,19 @@ def tell_crashes(connection: Connection, name: str, crashes: int) -> int:
     return before or 0
 
 
-def default_deployment(connection: Connection) -> Deployment | None:
-    row = connection.execute(
-        select(deployments)
+def _default_name() -> ScalarSelect[str]:
+    """The one that was set so, else the first."""
+    return (
+        select(deployments.c.name)
         .where(deployments.c.deleted.is_(None))
         .order_by(deployments.c.is_default.desc(), deployments.c.created)
         .limit(1)
-    ).one_or_none()
+        .scalar_subquery()
+    )
+
+
+def default_deployment(connection: Connection) -> Deployment | None:
+    row = connection.execute(select(deployments).where(deployments.c.name == _default_name())).one_or_none()
     return None if row is None else Deployment(**row._mapping)
 
 

@@ -158,10 +158,18 @@ def refused(message: str) -> Finding:
     )
 
 
-def crash(container: Object, pod: Object) -> Failure | None:
-    """The last end of a container that was running, if it ended."""
-    ended = _ended(container)
-    return None if ended is None else _of_end(ended, container, pod)
+def last_crash(pods: Iterable[Object]) -> Failure | None:
+    """Of all containers that ended and were started again, the one that ended last."""
+    ends = [
+        (str(ended.get("finishedAt")), ended, container, pod)
+        for pod in pods
+        for container in pod.get("status", {}).get("containerStatuses") or ()
+        if container.get("restartCount") and (ended := (container.get("lastState") or {}).get("terminated"))
+    ]
+    if not ends:
+        return None
+    _, ended, container, pod = max(ends, key=lambda end: end[0])
+    return _of_end(ended, container, pod)
 
 
 def _of_container(container: Object, pod: Object, pull_failures: int) -> Finding | None:
@@ -258,6 +266,12 @@ def of_build(job: Object, pod: Object | None, *, seconds: float) -> Failure:
         hint="The build's log has its last words.",
         user=False,
     )
+
+
+def disrupted(pod: Object) -> bool:
+    """The cluster itself ended the pod: its node was drained, or went away."""
+    condition = _condition(pod, "DisruptionTarget")
+    return condition is not None and condition.get("status") == "True"
 
 
 def _of_step(ended: Object, container: Object, pod: Object) -> Failure:

@@ -123,8 +123,8 @@ class ClusterSettings(BaseSettings):
     gpu_resource: str = Field("nvidia.com/gpu", description="Name of the cluster's GPU resource.")
     cluster_capacity: Pairs = Field(
         {},
-        description="What the largest node can give to one pod, such as nvidia.com/gpu=0,memory=16Gi; looked at before a "
-        "build, as this service may not read nodes. Quotas of the models' namespace are known without it.",
+        description="What the largest node can give to one pod, such as nvidia.com/gpu=0,memory=16Gi; looked at before "
+        "a build, as this service may not read nodes. Quotas of the models' namespace are known without it.",
     )
 
     inference_open: bool = Field(False, description="Models answer without a token.")
