@@ -1,1 +1,3 @@
 """The API, the control loop, the platforms and the router."""
+
+VERSION = "0.1.0"

@@ -14,13 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import structlog
-import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 from sqlalchemy.exc import OperationalError
 
-from build_service import commands
-from build_service.app import VERSION, create_app
+from build_service import VERSION, commands
 from build_service.settings import Settings
 from registry.errors import EkibenError
 
@@ -62,6 +60,10 @@ def main() -> int:
 
 
 def _serve(settings: Settings) -> int:
+    import uvicorn  # the commands beside the service start without it
+
+    from build_service.app import create_app
+
     try:
         listening = _listen(settings.host, settings.port)
     except OSError as error:
@@ -132,6 +134,8 @@ def _print_settings() -> None:
 
 def _print_openapi(settings: Settings) -> int:
     """The document of an application that is made in a folder of its own and never started."""
+    from build_service.app import create_app
+
     with tempfile.TemporaryDirectory() as folder:
         alone = settings.model_copy(
             update={"home": Path(folder), "database": None, "s3_endpoint": None, "mlflow": False}

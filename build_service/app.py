@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import select
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from build_service import api, guard, migrate, problems, processes, state, storage, tokens, views
+from build_service import VERSION, api, guard, migrate, problems, processes, state, storage, tokens, views
 from build_service.local import LocalPlatform
 from build_service.projection import Projection
 from build_service.reconciler import Reconciler
@@ -36,7 +36,6 @@ from registry.store import ObjectStore
 log = structlog.get_logger(__name__)
 
 STATE_FORMAT = 1  # of the state folder; a service refuses a folder of a newer one
-VERSION = "0.1.0"
 
 
 @dataclass
