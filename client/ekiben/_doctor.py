@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from ekiben._errors import EkibenError
 
 _LITTLE_DISK = 5 * 10**9  # a build's environment takes up to 1 GB; five leave room for a few kinds
 _NO_DISK = 10**9
+_INDEX_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -162,29 +165,46 @@ def _port(connection: _config.Connection, environment: Mapping[str, str]) -> Ite
 
 
 def _index(connection: _config.Connection, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Builds on this machine install packages, so their index must answer."""
-    if not connection.loopback:
+    """Builds on this machine install packages, so their index must answer: uv asks it, as it is set up for builds."""
+    uv = _uv(environment) if connection.loopback else None
+    if uv is None:
         return
-    named = next((n for n in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL") if environment.get(n)), None)
-    url = environment[named] if named else "https://pypi.org/simple/"
-    where = f"{named} ({urlsplit(url).hostname})" if named else str(urlsplit(url).hostname)
-    remedy = "without it only cached environments can be built; set UV_DEFAULT_INDEX, HTTPS_PROXY or SSL_CERT_FILE"
-    import ssl
-
-    import httpx
-
+    named = next((n for n in ("UV_DEFAULT_INDEX", "UV_INDEX_URL") if environment.get(n)), None)
+    where = f"{named} ({urlsplit(environment[named].rpartition('=')[2]).hostname})" if named else "as uv is set up"
+    patience = {"UV_HTTP_TIMEOUT": "5", "UV_HTTP_RETRIES": "0"}
+    # One small package's page, nothing cached; from an empty folder, where no project's settings count.
+    argv = [uv, "pip", "compile", "-", "--no-deps", "--no-cache", "--no-header", "--quiet", "--color", "never"]
     try:
-        context = ssl.create_default_context()
-        with httpx.Client(verify=context, timeout=5.0, trust_env=not _config.is_loopback(url)) as client:
-            # One small page, not the whole list of names.
-            answer = client.head(url.rstrip("/") + "/pip/", follow_redirects=True)
-    except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, OSError) as error:
-        yield Finding("package index", "warning", f"{where} cannot be reached: {type(error).__name__}", remedy)
-        return
-    if answer.status_code < 400:
+        with tempfile.TemporaryDirectory(prefix="ekiben-") as folder:
+            done = subprocess.run(
+                argv, env={**patience, **environment}, cwd=folder, input="pip\n",
+                capture_output=True, text=True, timeout=_INDEX_SECONDS, check=False,
+            )  # fmt: skip
+        why = None if done.returncode == 0 else _cause(done.stderr)
+    except subprocess.TimeoutExpired:
+        why = f"no answer within {_INDEX_SECONDS:g} s"
+    except OSError as error:
+        why = f"uv cannot be run: {error.strerror}"
+    if why is None:
         yield Finding("package index", "ok", where)
     else:
-        yield Finding("package index", "warning", f"{where} answers {answer.status_code}", remedy)
+        remedy = "without it only cached environments can be built; set UV_DEFAULT_INDEX, HTTPS_PROXY or SSL_CERT_FILE"
+        yield Finding("package index", "warning", f"{where}, gives no packages: {why}", remedy)
+
+
+def _uv(environment: Mapping[str, str]) -> str | None:
+    """The uv that builds use: beside the server's interpreter, else on PATH."""
+    try:
+        beside = _server.server_python(environment).with_name("uv")
+    except EkibenError:
+        return None  # no server here, so nothing is built here
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which("uv", path=environment.get("PATH"))
+
+
+def _cause(text: str) -> str:
+    """The innermost reason that uv gives."""
+    lines = [line.strip(" ╰─▶├×│") for line in text.splitlines() if line.strip()]
+    return (lines[-1] if lines else "uv failed")[:200]
 
 
 def _registry(registry: str | None) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import re
@@ -10,9 +11,13 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import tomllib
+import zipfile
 from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,6 +191,63 @@ def test_doctor_names_a_remedy_for_whatever_is_wrong(clean: dict[str, str], tmp_
     assert findings["server"]["level"] == "error"
     assert all(finding["remedy"] for finding in findings.values() if finding["level"] != "ok")
     assert "Traceback" not in done.stderr
+
+
+class _Index(BaseHTTPRequestHandler):
+    """A package index with one package of one release."""
+
+    wheel = "pip-1.0-py3-none-any.whl"
+
+    def do_GET(self) -> None:
+        pages = {
+            "/simple/pip/": (f'<a href="/{self.wheel}">{self.wheel}</a>', "text/html"),
+            f"/{self.wheel}": (_wheel("pip"), "application/octet-stream"),
+        }
+        body, media = pages.get(self.path, ("", ""))
+        content = body if isinstance(body, bytes) else body.encode()
+        self.send_response(200 if content else 404)
+        self.send_header("Content-Type", media)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _wheel(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as wheel:
+        wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    return buffer.getvalue()
+
+
+def test_doctor_asks_the_index_that_uv_is_set_up_for(clean: dict[str, str], tmp_path: Path) -> None:
+    url = f"http://localhost:{free_port()}"
+    for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_OFFLINE"):
+        clean.pop(name, None)
+
+    def index(**settings: str) -> dict[str, Any]:
+        done = run({**clean, **settings}, "doctor", "--json", "--url", url)
+        return next(one for one in json.loads(done.stdout)["findings"] if one["topic"] == "package index")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Index) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/simple"
+        try:
+            assert index(UV_DEFAULT_INDEX=address) == {
+                "topic": "package index", "level": "ok", "message": "UV_DEFAULT_INDEX (127.0.0.1)", "remedy": None,
+            }  # fmt: skip
+            settings = tmp_path / "uv.toml"  # no variable: uv's own file counts
+            settings.write_text(f'[[index]]\nurl = "{address}"\ndefault = true\n')
+            assert index(UV_CONFIG_FILE=str(settings))["level"] == "ok"
+        finally:
+            server.shutdown()
+    settings.write_text(f'[[index]]\nurl = "http://127.0.0.1:{free_port()}/simple"\ndefault = true\n')
+    found = index(UV_CONFIG_FILE=str(settings))
+    assert found["level"] == "warning"
+    assert found["message"].startswith("as uv is set up, gives no packages: ")
+    assert "UV_DEFAULT_INDEX" in found["remedy"]
 
 
 # --- configuration -----------------------------------------------------------------------------------------------
