@@ -28,7 +28,7 @@ _EXAMPLE_ROWS = 100
 _BOOKKEEPING = frozenset(
     (
         "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "constraints.txt", "registered_model_meta",
-        "input_example.json", "serving_input_example.json", "model.py.env",
+        "input_example.json", "serving_input_example.json", "uv.lock", "pyproject.toml", ".python-version",
     )
 )  # fmt: skip
 # The entry of MLmodel that names a flavour's model; where there is `True`, files beside it belong to it.
