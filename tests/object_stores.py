@@ -17,6 +17,7 @@ import urllib3
 
 from registry.s3 import Bucket, S3Config
 from registry.s3_store import S3Store
+from registry.store import UNFINISHED, DirectoryStore, ObjectStore
 from tests.cluster import programs
 from tests.servers import free_port
 
@@ -104,3 +105,11 @@ class Server:
                 return client.request("GET", self.endpoint).status < 500
             except (urllib3.exceptions.HTTPError, OSError):
                 return False
+
+
+def leftovers(store: ObjectStore) -> list[str]:
+    """What the store holds besides objects: streams and uploads that are not ended."""
+    if isinstance(store, DirectoryStore):
+        return [path.name for path in (store.root / UNFINISHED).iterdir()]
+    assert isinstance(store, S3Store)
+    return [info.key for info in store._bucket.objects(f"{UNFINISHED}/")]
