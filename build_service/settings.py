@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
+
+from build_service.kubernetes.settings import ClusterSettings
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -33,7 +35,7 @@ def _content(file: Path | None) -> str | None:
     return None if file is None else file.read_text().strip()
 
 
-class Settings(BaseSettings):
+class Settings(ClusterSettings):
     model_config = SettingsConfigDict(env_prefix="EKIBEN_", frozen=True, extra="ignore")
 
     home: Path = Field(Path("~/.ekiben"), description="State folder: database, objects, environments, logs.")
@@ -51,7 +53,7 @@ class Settings(BaseSettings):
         description="Origins that may call /inference from a browser, such as https://shop.example; comma separated.",
     )
     database: str | None = Field(None, description="SQLAlchemy URL; default a SQLite file in the state folder.")
-    platform: Literal["local"] = Field("local", description="Where builds and deployments run.")
+    platform: Literal["local", "kubernetes"] = Field("local", description="Where builds and deployments run.")
     kinds: Path = Field(default_factory=_installed_kinds, description="Folder of kinds.")
     run_code: bool | None = Field(
         None, description="Accept projects with code of their own; default: only when listening on loopback."
@@ -170,7 +172,14 @@ class Settings(BaseSettings):
         if self.mlflow_uri is not None and not self.mlflow:
             raise ValueError("EKIBEN_MLFLOW_URI is set although EKIBEN_MLFLOW=false: take one of them away")
         self._check_s3()
-        if not self.loopback and not self.token:
+        if self.platform == "kubernetes":
+            faults = self.cluster_faults()
+            if self.s3_endpoint is None:
+                faults.append("EKIBEN_PLATFORM=kubernetes needs EKIBEN_S3_ENDPOINT: pods fetch models from an S3 store")
+            if faults:
+                raise ValueError("; ".join(faults))
+        # In a cluster tokens are made by `ekiben-server token create`; until there is one, nobody comes in.
+        if not self.loopback and not self.token and self.platform == "local":
             raise ValueError(
                 f"EKIBEN_HOST={self.host} is reachable from other machines, so EKIBEN_TOKEN must be set "
                 "(for instance to the output of `openssl rand -hex 32`)"
