@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 LOCKS := $(wildcard bentos/*/requirements.in)
 
-.PHONY: help setup demo up down test test-all lint lock openapi train examples bench bench-build bench-upload bench-serve clean
+.PHONY: help setup demo up down cluster-up cluster-down e2e test test-all lint lock openapi train examples bench bench-build bench-upload bench-serve clean
 
 help: ## list the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 # The environment is made once and again whenever a lock moves.
 setup: $(VENV)/.ready ## make the project's own environment (.venv) from the lock
@@ -35,6 +35,18 @@ down: setup ## stop it
 
 test: setup ## every test that needs no root and no server from outside
 	@$(BIN)/python -m pytest $(ARGS)
+
+cluster-up: setup ## a real Kubernetes of one node on this machine, from packages only (root; the first time takes long)
+	@$(BIN)/python -m tests.cluster up $(ARGS)
+
+cluster-down: setup ## take it away, and all that it made
+	@$(BIN)/python -m tests.cluster down $(ARGS)
+
+# KUBECONFIG of the command line only: an exported one may be of a cluster that no test should touch.
+e2e: setup ## the tests that need a Kubernetes: that of cluster-up, or KUBECONFIG=…
+	@$(if $(filter command line,$(origin KUBECONFIG)),,$(BIN)/python -m tests.cluster build &&) \
+	  EKIBEN_E2E_KUBECONFIG='$(if $(filter command line,$(origin KUBECONFIG)),$(KUBECONFIG))' \
+	  $(BIN)/python -m pytest -m cluster tests $(ARGS)
 
 lint: setup ## ruff, mypy, import-linter, and that generated files are current
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -18,7 +18,12 @@ def main() -> None:
     parser.add_argument("verb", choices=("up", "down", "status", "build"))
     parser.add_argument("--root", type=Path, default=cluster.ROOT, help=f"default {cluster.ROOT}")
     parser.add_argument("--keep", action="store_true", help="with down: leave the folder, for a look at the logs")
-    parser.add_argument("--only", nargs="*", default=(), help="with build: folders of tests/cluster/go")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=(),
+        help="with build: folders of tests/cluster/go, or `base`, the image that models stand on",
+    )
     asked = parser.parse_args()
 
     def say(line: str) -> None:

@@ -19,9 +19,10 @@ from typing import Any
 import httpx
 import tomli_w
 
-from tests.cluster import images, nodes, programs, surroundings
+from tests.cluster import images, nodes, policies, programs, surroundings
 from tests.cluster.nodes import Node
 from tests.cluster.pki import Authority, Pair
+from tests.cluster.programs import Say
 
 ROOT = Path("/var/lib/ekiben-cluster")
 NAME = "node-1"
@@ -31,7 +32,7 @@ _MANIFESTS = Path(__file__).parent / "manifests"
 _VOLUMES = 24
 _LONGEST_ROOT = 60  # a socket's path has 108 bytes at most
 _NAMES = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", f"kubernetes.default.svc.{DOMAIN}")
-_NEEDED = ("pause", "kubernetes", "coredns", "traefik")
+_NEEDED = ("pause", "cni-policies", "kubernetes", "coredns", "traefik")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Cluster:
     kubectl_program: Path
     root: Path | None = None
 
-    def kubectl(self, *args: str, text: str | None = None, timeout: float = 120) -> str:
+    def kubectl(self, *args: str, text: str | None = None, timeout: float = 180) -> str:
         """What kubectl prints; `text` is its input. Raises AssertionError with its message where it fails."""
         done = subprocess.run(
             [str(self.kubectl_program), f"--kubeconfig={self.kubeconfig}", *args],
@@ -70,11 +71,16 @@ class Cluster:
     def get(self, *args: str) -> Any:
         return json.loads(self.kubectl("get", *args, "-o", "json"))
 
-    def apply(self, manifest: str | Mapping[str, Any]) -> None:
-        self.kubectl("apply", "-f", "-", text=manifest if isinstance(manifest, str) else json.dumps(manifest))
+    def apply(self, *manifests: str | Mapping[str, Any]) -> None:
+        """Apply objects, or YAML as text."""
+        for each in manifests:
+            text = each if isinstance(each, str) else json.dumps(each)
+            self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", text=text)
 
-
-Say = Callable[[str], None]
+    def with_way_out(self, namespace: str, pod: Mapping[str, Any]) -> dict[str, Any]:
+        """The pod's spec with all that it needs to reach the package registries (surroundings.py) from `namespace`."""
+        self.apply(surroundings.config_map(namespace, self.environment))
+        return surroundings.with_way_out(pod, self.environment)
 
 
 def build(say: Say, only: Sequence[str] = ()) -> None:
@@ -87,6 +93,10 @@ def build(say: Say, only: Sequence[str] = ()) -> None:
             seconds = programs.build(module, say)
             where = programs.find(next(iter(module.programs))).parent
             say(f"  {module.folder:<32} {f'{seconds:6.1f} s' if seconds else '  cached'}  {where}")
+    if not only or "base" in only:
+        began = time.monotonic()
+        where = images.base_layout()
+        say(f"  {'base':<32} {time.monotonic() - began:6.1f} s  {where}")
 
 
 def up(root: Path, say: Say) -> Cluster:
@@ -98,6 +108,9 @@ def up(root: Path, say: Say) -> Cluster:
         raise SystemExit(f"{root} is too long for the sockets beneath it: at most {_LONGEST_ROOT} characters")
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root):
+        there = find(root)
+        if there is not None:
+            return there
         steps = _Steps(say)
         with steps("programs"):
             build(lambda line: None if line.startswith("  ") else say(line), _NEEDED)
@@ -121,12 +134,11 @@ def down(root: Path, keep: bool = False) -> None:
 
 def find(root: Path) -> Cluster | None:
     """The cluster under `root` where one is up."""
-    node = nodes.find(root.resolve())
-    file = root.resolve() / "cluster.json"
-    if node is None or not node.alive or not file.exists():
+    root = root.resolve()
+    node, file = nodes.find(root), root / "cluster.json"
+    if node is None or not file.exists() or not node.alive or not all(map(node.runs, node.parts())):
         return None
-    kept = json.loads(file.read_text())
-    return _cluster(node) if kept["ready"] else None
+    return _cluster(node)
 
 
 def status(root: Path) -> list[str]:
@@ -234,7 +246,19 @@ def _up(node: Node, steps: _Steps) -> Cluster:
         ]
         proxied += ["--conntrack-tcp-timeout-established=0s", "--conntrack-tcp-timeout-close-wait=0s"]
         node.start("kube-proxy", [str(bin_("kube-proxy")), *proxied])
+    with steps("network policies"):
+        # before the kubelet: a pod starts only when the enforcer has its rules in place
+        node.start(
+            "policies",
+            [sys.executable, "-m", "tests.cluster.policies", str(root)],
+            {"PYTHONPATH": str(programs.PROJECT)},
+        )
     with steps("containerd"):
+        plugins = root / "cni-plugins"
+        plugins.mkdir(exist_ok=True)
+        for program in (*Path("/usr/lib/cni").iterdir(), bin_("cni-policies")):
+            if not (plugins / program.name).exists():
+                (plugins / program.name).symlink_to(program)
         (root / "containerd.toml").write_text(tomli_w.dumps(_containerd(node, refs["pause"])))
         (root / "net.d").mkdir(exist_ok=True)
         (root / "net.d" / "pods.conflist").write_text(json.dumps(_pod_network(node)))
@@ -247,9 +271,6 @@ def _up(node: Node, steps: _Steps) -> Cluster:
         kept += [f"--hostname-override={NAME}", f"--node-ip={net.node}"]
         node.start("kubelet", [str(bin_("kubelet")), *kept])
         _until(node, "kubelet", lambda: _is_ready(cluster))
-    with steps("network policies"):
-        enforcer = ["-m", "tests.cluster.policies", str(kubeconfigs["admin"]), net.pods]
-        node.start("policies", [sys.executable, *enforcer], {"PYTHONPATH": str(Path(__file__).parents[2])})
     with steps("name service, volumes, ingress"):
         crds = programs.module_folder("traefik", "sigs.k8s.io/gateway-api") / "config/crd/standard"
         cluster.kubectl("apply", "--server-side", "-f", str(crds))
@@ -261,7 +282,7 @@ def _up(node: Node, steps: _Steps) -> Cluster:
         cluster.kubectl("rollout", "status", "-n", "kube-system", "deployment/coredns", "--timeout=90s")
         cluster.kubectl("rollout", "status", "-n", "ingress", "deployment/traefik", "--timeout=90s")
     (root / "environment.json").write_text(json.dumps(cluster.environment, indent=1))
-    shown = {"ready": True, "kubeconfig": str(cluster.kubeconfig), "ingress_url": cluster.ingress_url}
+    shown = {"kubeconfig": str(cluster.kubeconfig), "ingress_url": cluster.ingress_url}
     (root / "cluster.json").write_text(json.dumps({**shown, "registry": asdict(cluster.registry)}, indent=1))
     return cluster
 
@@ -292,7 +313,7 @@ def _containerd(node: Node, pause: str) -> dict[str, Any]:
                 "restrict_oom_score_adj": True,
                 "enable_unprivileged_ports": True,
                 "netns_mounts_under_state_dir": True,
-                "cni": {"bin_dir": "/usr/lib/cni", "conf_dir": str(root / "net.d")},
+                "cni": {"bin_dir": str(root / "cni-plugins"), "conf_dir": str(root / "net.d")},
                 "containerd": {
                     "default_runtime_name": "runc",
                     "runtimes": {"runc": {"runtime_type": "io.containerd.runc.v2"}},
@@ -318,6 +339,7 @@ def _pod_network(node: Node) -> dict[str, Any]:
         "name": "pods",
         "plugins": [
             {"type": "ptp", "ipMasq": False, "mtu": node.network.mtu, "ipam": addresses},
+            {"type": "cni-policies", "socket": policies.SOCKET},
             {"type": "portmap", "capabilities": {"portMappings": True}},
         ],
     }

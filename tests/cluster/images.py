@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import inspect
 import os
 import subprocess
 import sys
@@ -41,26 +43,30 @@ def push(built: image.Image, ref: str) -> str:
 
 def base_layout() -> Path:
     """The Debian base with Python 3.11 as an OCI layout, made once by debootstrap and cached by its recipe."""
-    return make_base(_base_folder() / "layout", programs.cache() / "packages")
+    recipe = Path(inspect.getfile(make_base))
+    folder = programs.cache() / "bases" / hashlib.sha256(recipe.read_bytes()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    made, log = folder / "layout", folder / "log"
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made / "index.json").exists():
+            command = [sys.executable, "-m", "benchmarks.make_base", str(made)]
+            command += ["--cache", str(programs.cache() / "packages")]
+            with log.open("wb") as out:
+                done = subprocess.run(command, stdout=out, stderr=out, cwd=programs.PROJECT, check=False)
+            if done.returncode != 0:
+                raise SystemExit(f"the base of models was not made; the end of {log}:\n{log.read_text()[-2000:]}")
+    return made
 
 
-def base(folder: Path) -> Path:
-    """The base imported for builds: a folder of bases with `debian.toml`, as `builder_image base import` writes it."""
-    if not (folder / "debian.toml").exists():
-        subprocess.run(
-            [sys.executable, "-m", "builder_image", "base", "import", str(base_layout()), "--into", str(folder)],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-    return folder
+def base(home: Path) -> Path:
+    """The base as builds want it, imported by `builder_image base import` into `home`; the file that describes it."""
+    described = home / "bases" / "debian.toml"
+    if not described.exists():
+        command = [sys.executable, "-m", "builder_image", "base", "import", str(base_layout()), "--name", "debian"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "EKIBEN_HOME": str(home)})
+    return described
 
 
 def base_image() -> image.Image:
     return layout.read_layout(base_layout())
-
-
-def _base_folder() -> Path:
-    import benchmarks.make_base as recipe
-
-    digest = hashlib.sha256(Path(recipe.__file__).read_bytes()).hexdigest()[:16]
-    return programs.cache() / "bases" / digest

@@ -19,6 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 GO = HERE / "go"
+PROJECT = HERE.parents[1]
 KUBERNETES = "1.34.4"
 
 Say = Callable[[str], None]
@@ -40,6 +41,7 @@ class Module:
 
 MODULES = (
     Module("pause", {"pause": "ekiben.test/pause"}),
+    Module("cni-policies", {"cni-policies": "ekiben.test/cni-policies"}),
     Module("minio", {"minio": "github.com/minio/minio"}),
     Module(
         "kubernetes",
@@ -74,18 +76,16 @@ MODULES = (
 # Debian's package for each program that is not built here.
 DEBIAN = {
     "/usr/bin/etcd": "etcd-server",
-    "/usr/bin/etcdctl": "etcd-client",
     "/usr/bin/containerd": "containerd",
     "/usr/sbin/runc": "runc",
     "/usr/bin/docker-registry": "docker-registry",
     "/usr/lib/cni/ptp": "containernetworking-plugins",
     "/usr/sbin/iptables": "iptables",
-    "/usr/sbin/ipset": "ipset",
     "/usr/sbin/conntrack": "conntrack",
     "/usr/bin/socat": "socat",
     "/usr/sbin/ip": "iproute2",
+    "/usr/sbin/nft": "nftables",
     "/usr/sbin/debootstrap": "debootstrap",
-    "/usr/bin/skopeo": "skopeo",
     "/usr/bin/mount": "mount",
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ _BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.
 _PLACE = "etc/ssl/certs/ca-certificates.crt"
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 _INDEXES = re.compile(r"(?:PIP|UV)_(?:(?:DEFAULT_|EXTRA_)?INDEX(?:_URL|_STRATEGY)?|TRUSTED_HOST|DEFAULT_TIMEOUT)")
+_NAME = "way-out"
+_BUNDLE = "ca-certificates.crt"
+_PLACES = {"pip.conf": "pip.conf", "uv.toml": "uv/uv.toml"}
 _FILES = {
     "pip.conf": ("/etc/pip.conf", "~/.config/pip/pip.conf", "~/.pip/pip.conf"),
     "uv.toml": ("/etc/uv/uv.toml", "~/.config/uv/uv.toml"),
@@ -57,6 +61,36 @@ def environment(cluster_network: str, domain: str) -> dict[str, Any]:
         "ca_place": f"/{_PLACE}",
         "files": files,
     }
+
+
+def config_map(namespace: str, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The files of `environment` as an object of the cluster."""
+    files = dict(environment["files"])
+    if environment["ca_bundle"]:
+        files[_BUNDLE] = Path(environment["ca_bundle"]).read_text()
+    metadata = {"name": _NAME, "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": files}
+
+
+def with_way_out(pod: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """A pod's spec, each of its containers given the variables and files of `environment`."""
+    mounts = [{"name": _NAME, "mountPath": f"/etc/{_PLACES[name]}", "subPath": name} for name in environment["files"]]
+    if environment["ca_bundle"]:
+        mounts.append({"name": _NAME, "mountPath": environment["ca_place"], "subPath": _BUNDLE})
+    variables = [{"name": name, "value": value} for name, value in environment["variables"].items()]
+    changed = {
+        kind: [
+            {
+                **each,
+                "env": [*variables, *each.get("env", [])],
+                "volumeMounts": [*each.get("volumeMounts", []), *mounts],
+            }
+            for each in pod[kind]
+        ]
+        for kind in ("containers", "initContainers")
+        if kind in pod
+    }
+    return {**pod, **changed, "volumes": [*pod.get("volumes", []), {"name": _NAME, "configMap": {"name": _NAME}}]}
 
 
 def resolv_conf() -> str:

@@ -1,0 +1,70 @@
+"""The cluster for tests: brought up once a session and taken down after it, unless it was there before.
+
+`EKIBEN_E2E_KUBECONFIG` names another cluster to use (`make e2e KUBECONFIG=…`), with `EKIBEN_E2E_INGRESS` (URL) and
+`EKIBEN_E2E_REGISTRY` (HOST:PORT, plain http); `EKIBEN_CLUSTER_KEEP=1` leaves ours up. A test that asks for the fixture
+`cluster` bears the marker of that name; `make test` leaves it out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import cluster as clusters
+from tests.cluster import images
+from tests.cluster.cluster import Cluster, Registry
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.cluster)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(900))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if named := os.environ.get("EKIBEN_E2E_KUBECONFIG"):
+        registry = os.environ.get("EKIBEN_E2E_REGISTRY", "")
+        ingress = os.environ.get("EKIBEN_E2E_INGRESS", "")
+        program = shutil.which("kubectl")
+        if program is None:
+            pytest.skip("kubectl is not installed")
+        nothing = {"variables": {}, "files": {}, "ca_bundle": None, "ca_place": ""}
+        yield Cluster(Path(named), ingress, Registry(registry, registry), nothing, Path(program))
+        return
+    need_what_a_cluster_needs()
+    there = clusters.find(clusters.ROOT)
+    yield clusters.up(clusters.ROOT, print)
+    if there is None and not os.environ.get("EKIBEN_CLUSTER_KEEP"):
+        clusters.down(clusters.ROOT)
+
+
+@pytest.fixture
+def namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace of the test's own."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    cluster.kubectl("create", "namespace", name)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def python_image(cluster: Cluster) -> str:
+    """Debian with Python 3.11, in the cluster's registry; the reference that nodes pull."""
+    return images.push(images.base_image(), f"{cluster.registry.push}/debian:python3.11")
+
+
+def need_what_a_cluster_needs() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a cluster needs root")
+    for program in ("apt-get", "go", "unshare", "nsenter"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")

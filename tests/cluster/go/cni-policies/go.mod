@@ -1,0 +1,3 @@
+module ekiben.test/cni-policies
+
+go 1.26.0
