@@ -148,6 +148,7 @@ class Service:
         return view, new
 
     def submit_build(self, connection: Connection, row: versions.Version, image: dict[str, Any] | None) -> state.Build:
+        image = image or identity.image_of(self.settings, row)
         whole = identity.of_build(row, self._kind_digest(row.kind), image)
         return state.submit_build(connection, identity.build_id(whole), whole, row.id, image)
 
@@ -381,6 +382,8 @@ def router(service: Service) -> APIRouter:
     def put_deployment(name: str, wanted: shapes.DeploymentRequest) -> shapes.DeploymentView:
         """Serve a version under a name. Traffic moves once its golden sample passes."""
         check_name(name)
+        resources = wanted.resources.amounts()
+        service.platform.check(name, resources, wanted.replicas, wanted.strategy)
         with database.write() as connection:
             row = versions.find(connection, wanted.model or name, wanted.version)
             made = service.submit_build(connection, row, None)
@@ -390,7 +393,7 @@ def router(service: Service) -> APIRouter:
                 row.id,
                 made.id,
                 replicas=wanted.replicas,
-                resources=wanted.resources.model_dump(exclude_none=True),
+                resources=resources,
                 strategy=wanted.strategy,
             )
             if wanted.default:

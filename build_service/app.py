@@ -22,6 +22,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from build_service import VERSION, api, guard, migrate, problems, processes, state, storage, tokens, views
 from build_service.local import LocalPlatform
+from build_service.platform import Platform
 from build_service.projection import Projection
 from build_service.reconciler import Reconciler
 from build_service.remembered import Remembered
@@ -58,20 +59,20 @@ def create_app(settings: Settings, *, port: int) -> Application:
     database = Database(settings.database_url)
     try:
         migrate.migrate(database)
-        store = storage.make(settings)
+        store, place = _store(settings)
     except EkibenError:
         database.close()
         os.close(lock)
         raise
     kinds = Kinds.load(settings.kinds)
-    links = views.Links(settings.public_url or f"http://localhost:{port}")
+    links = views.Links(settings.public_url or _own_url(settings, port))
     owner = uuid.uuid4().hex
     processes.sweep(root / "processes")
     _recover(settings, database, store, owner)
 
     routes = RouteTable()
     waker: list[Callable[[], None]] = []
-    platform = LocalPlatform(settings, store, routes, lambda: waker[0]() if waker else None)
+    platform = place(kinds, routes, lambda: waker[0]() if waker else None, lambda: _digests(settings, database))
     reconciler = Reconciler(settings, database, platform, owner)
     waker.append(reconciler.wake)
     projection = Projection(database, root, store, settings.tracking_uri) if settings.mlflow else None
@@ -140,14 +141,36 @@ def create_app(settings: Settings, *, port: int) -> Application:
             await app(scope, receive, send)
 
     hosts = set(settings.allowed_hosts)
-    if settings.public_url:
-        hosts.add(urlsplit(settings.public_url).hostname or "")
+    hosts.add(urlsplit(links.base).hostname or "")
+    if settings.platform == "kubernetes":  # as pods of the cluster call it
+        hosts |= {settings.service_name + end for end in ("", f".{settings.namespace}", f".{settings.namespace}.svc")}
     policy = guard.Policy(
         hosts=frozenset(host.lower() for host in hosts),
         cors=frozenset(settings.cors_origins),
         tokens=valid,
+        inference_open=settings.platform == "kubernetes" and settings.inference_open,
     )
     return Application(guard.Guard(dispatch, policy), app)
+
+
+Place = Callable[[Kinds, RouteTable, Callable[[], None], Callable[[], frozenset[str]]], Platform]
+
+
+def _store(settings: Settings) -> tuple[ObjectStore, Place]:
+    """Where versions are kept, and what makes the platform that works with that store."""
+    if settings.platform == "local":
+        kept = storage.make(settings)
+        return kept, lambda _kinds, routes, wake, _tokens: LocalPlatform(settings, kept, routes, wake)
+    from build_service.kubernetes.platform import KubernetesPlatform  # half a second, for those who use it
+
+    bucket = storage.bucket(settings)
+    return bucket, lambda kinds, routes, wake, tokens: KubernetesPlatform(settings, bucket, kinds, routes, wake, tokens)
+
+
+def _own_url(settings: Settings, port: int) -> str:
+    if settings.platform == "kubernetes" and settings.ingress_host and "*" not in settings.ingress_host:
+        return f"http://{settings.ingress_host}"
+    return f"http://localhost:{port}"
 
 
 def _system_routes(app: FastAPI, database: Database, root: Path) -> None:
@@ -254,10 +277,10 @@ def _valid_tokens(settings: Settings, database: Database) -> Remembered[frozense
     """Digests of the tokens that open the API; None where nobody but this machine's users can reach it."""
     if settings.loopback and settings.token is None:
         return None
+    return Remembered(lambda: _digests(settings, database))
+
+
+def _digests(settings: Settings, database: Database) -> frozenset[str]:
     first = frozenset(() if settings.token is None else (tokens.digest(settings.token),))
-
-    def valid() -> frozenset[str]:
-        with database.read() as connection:
-            return first | tokens.valid_digests(connection)
-
-    return Remembered(valid)
+    with database.read() as connection:
+        return first | tokens.valid_digests(connection)

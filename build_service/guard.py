@@ -41,6 +41,7 @@ class Policy:
     hosts: frozenset[str]
     cors: frozenset[str]
     tokens: Remembered[frozenset[str]] | None  # SHA-256 of valid tokens; None: no token is needed
+    inference_open: bool = False  # /inference needs none in any case
 
 
 class Guard:
@@ -101,7 +102,9 @@ class Guard:
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > _LONGEST_PATH:
             raise UserError("path_too_long", "The request's path is too long.", status=414)
         host = _host_name(headers.get(b"host", b"").decode("latin-1"))
-        if host not in _LOOPBACK_HOSTS and host not in self._policy.hosts:
+        # Probes come to the address of a pod; they read nothing.
+        named = host in _LOOPBACK_HOSTS or host in self._policy.hosts or scope["path"] in _OPEN_PATHS
+        if not named:
             raise UserError(
                 "foreign_host",
                 f"The Host {host[:100]!r} is not one of this service.",
@@ -119,7 +122,8 @@ class Guard:
             )
         # A browser asks beforehand, and without a token, whether a page may call at all.
         preflight = allowed and scope["method"] == "OPTIONS"
-        if self._policy.tokens is not None and scope["path"] not in _OPEN_PATHS and not preflight:
+        opened = preflight or scope["path"] in _OPEN_PATHS or (inference and self._policy.inference_open)
+        if self._policy.tokens is not None and not opened:
             scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             digest = hashlib.sha256(token.strip().encode()).hexdigest()
             known = [hmac.compare_digest(digest, valid) for valid in await self._policy.tokens.get()]

@@ -35,6 +35,24 @@ def build_id(identity: str) -> str:
     return "b-" + identity.removeprefix("sha256:")[:20]
 
 
+def image_of(settings: Settings, version: Version) -> dict[str, Any] | None:
+    """The `image` of every build where versions are served from images: Kubernetes."""
+    if settings.platform == "local":
+        return None
+    repository = f"{settings.registry_push}/{settings.registry_repository}"
+    return {
+        "base": settings.image_base,
+        "platform": settings.image_platform,
+        "push": {
+            "ref": f"{repository}:{version.name}-{version.number}",
+            "insecure": settings.registry_insecure,
+            "ca": None,
+        },
+        "output": None,
+        "compression": "zstd",
+    }
+
+
 def image_order(settings: Settings, wanted: ImageRequest) -> dict[str, Any]:
     """The `image` of a build spec."""
     if wanted.push is None and wanted.output is None:
@@ -44,7 +62,7 @@ def image_order(settings: Settings, wanted: ImageRequest) -> dict[str, Any]:
             field="image",
             hint="ekiben image NAME --push HOST/REPOSITORY:TAG, or --output image.tar",
         )
-    if wanted.output is not None and not settings.loopback:
+    if wanted.output is not None and (settings.platform == "kubernetes" or not settings.loopback):
         raise UserError(
             "output_not_allowed",
             "Files on the server's machine are written only for callers on that machine.",
@@ -52,8 +70,10 @@ def image_order(settings: Settings, wanted: ImageRequest) -> dict[str, Any]:
             hint="Push the image to a registry instead.",
             status=403,
         )
+    # In a cluster the bases are in the builder's image, and the builder says if one is missing.
+    in_cluster = settings.platform == "kubernetes"
     base = settings.root / "bases" / f"{wanted.base or 'default'}.toml"
-    if not base.exists():
+    if not in_cluster and not base.exists():
         raise UserError(
             "base_missing",
             f"There is no base image {wanted.base or 'default'!r} here yet.",
@@ -61,7 +81,7 @@ def image_order(settings: Settings, wanted: ImageRequest) -> dict[str, Any]:
             hint="ekiben base import IMAGE_OR_LAYOUT copies one in, once.",
         )
     return {
-        "base": str(base),
+        "base": wanted.base or settings.image_base if in_cluster else str(base),
         "platform": wanted.platform,
         "push": {"ref": wanted.push.ref, "insecure": wanted.push.insecure, "ca": None} if wanted.push else None,
         "output": wanted.output,

@@ -125,6 +125,10 @@ class Resources(BaseModel):
 
     cpu: str | None = None
     memory: str | None = None
+    gpu: int | None = Field(None, ge=0, le=64, description="Whole GPUs.")
+
+    def amounts(self) -> dict[str, str]:
+        return {name: str(value) for name, value in self.model_dump(exclude_none=True).items()}
 
     @field_validator("cpu")
     @classmethod

@@ -82,6 +82,7 @@ _RESOURCES = {
     "Pod": _Resource("/api/v1", "pods"),
     "Service": _Resource("/api/v1", "services"),
     "Event": _Resource("/api/v1", "events"),
+    "ConfigMap": _Resource("/api/v1", "configmaps"),
     "ResourceQuota": _Resource("/api/v1", "resourcequotas"),
     "LimitRange": _Resource("/api/v1", "limitranges"),
     "Job": _Resource("/apis/batch/v1", "jobs"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from build_service.kubernetes import names
@@ -182,6 +182,15 @@ def model_policy(name: str, settings: Settings) -> Object:
             "ingress": [{"from": sources, "ports": [{"protocol": "TCP", "port": names.PORT}]}],
             "egress": [{}] if settings.model_egress == "open" else [],
         },
+    }
+
+
+def token_digests(digests: Iterable[str], settings: Settings) -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(names.TOKENS_CONFIGMAP, settings.models_namespace, names.OURS),
+        "data": {"sha256": "".join(f"{digest}\n" for digest in sorted(digests))},
     }
 
 

@@ -31,6 +31,7 @@ from build_service.kubernetes.cluster import (
 from build_service.kubernetes.logs import BuildLogs
 from build_service.kubernetes.reasons import Finding
 from build_service.kubernetes.room import Room
+from build_service.kubernetes.tokens import TokenFile
 from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, RevisionOrder
 from build_service.routes import RouteTable, Upstream
 from build_service.settings import Settings
@@ -57,7 +58,13 @@ class Store(ObjectStore, Presigning, Protocol):
 
 class KubernetesPlatform:
     def __init__(
-        self, settings: Settings, store: Store, kinds: Kinds, table: RouteTable, wake: Callable[[], None]
+        self,
+        settings: Settings,
+        store: Store,
+        kinds: Kinds,
+        table: RouteTable,
+        wake: Callable[[], None],
+        tokens: Callable[[], frozenset[str]],
     ) -> None:
         self._settings, self._store, self._kinds, self._table, self._wake = settings, store, kinds, table, wake
         self._builds_in, self._models_in = settings.builds_namespace, settings.models_namespace
@@ -81,8 +88,10 @@ class KubernetesPlatform:
         self._askers = ThreadPoolExecutor(4, thread_name_prefix="golden-sample")
         self._cluster = Cluster(settings.kubeconfig, watched, self._changed, resync_seconds=settings.resync_seconds)
         self._logs = BuildLogs(self._cluster, self._builds_in, store, self._pod_of_attempt, self._attempt_is_over, wake)
+        self._tokens = TokenFile(self._cluster, settings, tokens)
         self._cluster.start()
         self._logs.start()
+        self._tokens.start()
 
     # --- builds -------------------------------------------------------------------------------------------------------
 
@@ -338,6 +347,7 @@ class KubernetesPlatform:
                 yield ""
 
     def close(self) -> None:
+        self._tokens.close()
         self._cluster.close()
         self._logs.close()
         self._askers.shutdown(wait=False, cancel_futures=True)

@@ -30,6 +30,7 @@ class ClusterSettings(BaseSettings):
         None, description="Kubeconfig file; default: the pod's own service account, else kubectl's usual file."
     )
     namespace: str = Field("ekiben", description="Namespace of this service; its pods may call models.")
+    service_name: str = Field("ekiben", description="Name of this service's Service in its namespace.")
     builds_namespace: str = Field("ekiben-builds", description="Namespace of build Jobs.")
     models_namespace: str = Field("ekiben-models", description="Namespace of models.")
     resync_seconds: float = Field(
