@@ -30,6 +30,7 @@ from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, R
 from build_service.quantities import parse_memory
 from build_service.routes import RouteTable, Upstream
 from build_service.settings import Settings
+from registry.errors import UserError
 from registry.store import ObjectStore
 
 log = structlog.get_logger(__name__)
@@ -187,6 +188,16 @@ class LocalPlatform:
         }
 
     # --- serving ----------------------------------------------------------------------------------------------------
+
+    def check(self, deployment: str, resources: dict[str, str], replicas: int, strategy: str) -> None:
+        if int(resources.get("gpu", 0)):
+            raise UserError(
+                "insufficient_gpu",
+                f"0 free of {resources['gpu']}: the local platform hands out no GPUs.",
+                field="resources.gpu",
+                hint="Ask for none; a process on this machine may use what the machine has.",
+                status=409,
+            )
 
     def apply(self, order: RevisionOrder) -> None:
         with self._lock:
