@@ -138,7 +138,7 @@ def _print_openapi(settings: Settings) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         alone = settings.model_copy(
-            update={"home": Path(folder), "database": None, "s3_endpoint": None, "mlflow": False}
+            update={"home": Path(folder), "platform": "local", "database": None, "s3_endpoint": None, "mlflow": False}
         )
         document = create_app(alone, port=Settings.model_fields["port"].default).fastapi.openapi()
     print(json.dumps(document, indent=1, sort_keys=True))
