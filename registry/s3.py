@@ -57,15 +57,16 @@ _PAGE = 1000  # keys of one request
 _LONGEST_WORDS = 300  # characters of a server's own message
 _WRITER = "x-amz-meta-ekiben-writer"  # says who wrote an object, for one who did not hear the answer
 
-# Answers that say nothing about the request: the same one may go well in a moment.
+# Answers that say nothing about the request: the same one may go well in a moment. The Versity gateway finds a directory
+# in the way of a new object where the folder above is being deleted with another one.
 _PASSING = {
-    "BadDigest", "ConditionalRequestConflict", "InternalError", "OperationAborted", "RequestTimeout",
+    "BadDigest", "ConditionalRequestConflict", "ExistingObjectIsDirectory", "InternalError", "OperationAborted", "RequestTimeout",
     "ServerNotInitialized", "ServiceUnavailable", "SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling",
     "XAmzContentSHA256Mismatch", "XMinioServerNotInitialized",
 }  # fmt: skip
 _REFUSED = {
     "AccessDenied", "AccountProblem", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
+    "SignatureDoesNotMatch", "XAdminUserNotFound",
 }  # fmt: skip
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "EntityTooLargeForQuota"}
 _MISSING = {"NoSuchKey", "NoSuchObject", "XMinioInvalidObjectName"}
@@ -484,18 +485,18 @@ def _translated(what: str, error: Exception, config: S3Config) -> EkibenError:
     where = f"The object store at {config.endpoint} (bucket {config.bucket!r})"
     if isinstance(error, S3Error):
         words = f"{error.code}: {error.message or 'no message'}"[:_LONGEST_WORDS]
-        if error.code in _REFUSED:
+        if error.code in _FULL or error.response.status == 507:
+            return InfrastructureError(
+                "disk_full", f"{where} has no room left to {what}: {words}", status=507,
+                hint="Free some space there, or raise the bucket's quota; then send the upload again.",
+            )  # fmt: skip
+        if error.code in _REFUSED or error.response.status in (401, 403):
             return InfrastructureError(
                 "store_refused",
                 f"{where} does not let Ekiben {what}: {words}",
                 hint="Look at EKIBEN_S3_ACCESS_KEY, EKIBEN_S3_SECRET_KEY, the rights that they have on the bucket, and "
                 "this machine's clock.",
             )
-        if error.code in _FULL or error.response.status == 507:
-            return InfrastructureError(
-                "disk_full", f"{where} has no room left to {what}: {words}", status=507,
-                hint="Free some space there, or raise the bucket's quota; then send the upload again.",
-            )  # fmt: skip
         if error.code == "NoSuchBucket":
             return InfrastructureError(
                 "bucket_missing", f"{where} is not there any more.", hint="Restore it, or restart to have it made."

@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import pytest
-import urllib3
 
 from registry.s3 import Bucket, S3Config
 from registry.s3_store import S3Store
@@ -98,12 +98,12 @@ class Server:
         return [self._program, "--port", address, "posix", data]
 
     def _answers(self) -> bool:
-        with urllib3.PoolManager(timeout=2.0, retries=False, cert_reqs="CERT_NONE") as client:
+        with httpx.Client(trust_env=False, verify=False, timeout=2.0) as client:
             try:
                 if self.program == "minio":
-                    return client.request("GET", f"{self.endpoint}/minio/health/ready").status == 200
-                return client.request("GET", self.endpoint).status < 500
-            except (urllib3.exceptions.HTTPError, OSError):
+                    return client.get(f"{self.endpoint}/minio/health/ready").status_code == 200
+                return client.get(self.endpoint).status_code < 500
+            except httpx.HTTPError:
                 return False
 
 
