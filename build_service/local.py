@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ _MEMORY_EVERY = 0.5  # seconds between two measurements of the memory of process
 _RESTART_FIRST, _RESTART_LONGEST = 0.5, 30.0  # seconds before a process that died is started again
 _HEALTHY_SECONDS = 60.0  # a process that was ready for this long has nothing to do with the crashes before it
 _TERM_SECONDS = 10.0  # time between SIGTERM and SIGKILL
+_PROBE_SECONDS = 1.0  # that a process may be silent when it is asked whether it is ready
+_PROBES_AT_ONCE = 16
 _KEPT_LOGS = 20  # files of a deployment
 
 # What a serving process may know of this service's environment: nothing that could be a secret.
@@ -69,6 +72,7 @@ class _Replica:
     termination: Path
     log: Path
     started: float
+    probed: bool = False  # at this moment
     ready: bool = False
     ready_since: float = 0.0
     draining_since: float | None = None
@@ -101,6 +105,7 @@ class LocalPlatform:
         self._builds: dict[tuple[str, int], _Build] = {}
         self._served: dict[str, _Served] = {}
         self._ending: list[_Replica] = []
+        self._probes = ThreadPoolExecutor(_PROBES_AT_ONCE, "probe")
         self._stop = threading.Event()
         self._wake_watch = threading.Event()
         ended = processes.sweep(self._records)
@@ -270,6 +275,7 @@ class LocalPlatform:
                     time.sleep(0.02)
                 if replica.child.poll() is None:
                     replica.child.kill()
+        self._probes.shutdown(cancel_futures=True)  # whom they ask has ended, so none of them waits
 
     # --- the watch: everything below runs in its thread, under the lock ---------------------------------------------
 
@@ -279,7 +285,7 @@ class LocalPlatform:
             try:
                 for replica in self._starting():
                     busy = True
-                    self._probe(replica)
+                    self._probe_aside(replica)
                 with self._lock:
                     self._bound_builds()
                     for served in list(self._served.values()):
@@ -295,24 +301,25 @@ class LocalPlatform:
         with self._lock:
             return [replica for served in self._served.values() for replica in served.replicas if not replica.ready]
 
+    def _probe_aside(self, replica: _Replica) -> None:
+        """Ask in a thread of its own, so that a process that hangs holds up no other; one question at a time."""
+        if not replica.probed:
+            replica.probed = True
+            self._probes.submit(self._probe, replica)
+
     def _probe(self, replica: _Replica) -> None:
-        """Asked without the lock: a process that hangs must not hold up the others."""
         try:
-            connection = http.client.HTTPConnection(replica.upstream.host, replica.upstream.port, timeout=1)
-            try:
-                connection.request("GET", "/readyz")
-                ready = connection.getresponse().status == 200
-            finally:
-                connection.close()
-        except (OSError, http.client.HTTPException):
-            return
-        if ready:
+            if not _is_ready(replica.upstream):
+                return
             checked = _metadata(replica.upstream).get("checked")
             with self._lock:
                 replica.ready, replica.ready_since = True, time.monotonic()
                 served = self._served.get(replica.order.deployment)
                 if served is not None and replica.order.revision == served.wanted.revision:
                     served.checked = checked
+            self._wake_watch.set()
+        finally:
+            replica.probed = False
 
     def _step(self, served: _Served) -> None:
         wanted = served.wanted
@@ -584,6 +591,17 @@ def _progress(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             stages.append(json.loads(line))
     return stages
+
+
+def _is_ready(upstream: Upstream) -> bool:
+    connection = http.client.HTTPConnection(upstream.host, upstream.port, timeout=_PROBE_SECONDS)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _metadata(upstream: Upstream) -> dict[str, Any]:

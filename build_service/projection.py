@@ -15,6 +15,7 @@ from build_service import metrics, state
 from build_service.catalogue_command import CatalogueCommand
 from registry import versions
 from registry.database import Database, now
+from registry.store import ObjectStore
 
 log = structlog.get_logger(__name__)
 
@@ -25,8 +26,8 @@ _RETRY_LONGEST = 300.0
 
 
 class Projection:
-    def __init__(self, database: Database, root: Path, objects: Path, uri: str) -> None:
-        self._database, self._root, self._objects, self._uri = database, root, objects, uri
+    def __init__(self, database: Database, root: Path, store: ObjectStore, uri: str) -> None:
+        self._database, self._root, self._store, self._uri = database, root, store, uri
         self._stop = threading.Event()
         self._child: CatalogueCommand | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-projection", daemon=True)
@@ -90,7 +91,7 @@ class Projection:
             "name": version.name,
             "version_id": version.id,
             "number": version.number,
-            "source": (self._objects / version.location / "files").as_uri(),
+            "source": self._store.uri(f"{version.location}/files"),
             "digest": version.digest,
             "kind": version.kind,
             "format": version.format,

@@ -57,11 +57,11 @@ _PAGE = 1000  # keys of one request
 _LONGEST_WORDS = 300  # characters of a server's own message
 _WRITER = "x-amz-meta-ekiben-writer"  # says who wrote an object, for one who did not hear the answer
 
-# Answers that say nothing about the request: the same one may go well in a moment. The Versity gateway finds a directory
-# in the way of a new object where the folder above is being deleted with another one.
+# Answers that say nothing about the request: the same one may go well in a moment. The Versity gateway finds a
+# directory in the way of a new object while the folder above is being deleted with another one.
 _PASSING = {
-    "BadDigest", "ConditionalRequestConflict", "ExistingObjectIsDirectory", "InternalError", "OperationAborted", "RequestTimeout",
-    "ServerNotInitialized", "ServiceUnavailable", "SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling",
+    "BadDigest", "ConditionalRequestConflict", "ExistingObjectIsDirectory", "InternalError", "OperationAborted",
+    "RequestTimeout", "ServerNotInitialized", "ServiceUnavailable", "SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling",
     "XAmzContentSHA256Mismatch", "XMinioServerNotInitialized",
 }  # fmt: skip
 _REFUSED = {
