@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -38,6 +38,10 @@ class Wanted:
     url: str
     size: int
     sha256: str
+
+
+class _Stopped(Exception):
+    """Another file could not be fetched."""
 
 
 class Store:
@@ -70,13 +74,12 @@ class Store:
             place.mkdir(parents=True, exist_ok=True)
         largest_first = sorted(files, key=lambda one: (-one.size, one.path))
         with ThreadPoolExecutor(max(1, min(at_once, len(files))), "fetch") as pool:
-            tasks = [pool.submit(self._file, one, folder / one.path) for one in largest_first]
+            tasks = [pool.submit(self._unless_stopped, one, folder / one.path) for one in largest_first]
             try:
-                for task in tasks:
+                for task in as_completed(tasks):
                     task.result()
             except BaseException:
                 self._stopped.set()
-                pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
     def write(self, url: str, data: bytes) -> None:
@@ -96,6 +99,17 @@ class Store:
             if response.status not in TRANSIENT or attempt + 1 == ATTEMPTS:
                 _refused(url, response)
             self._pause(backoff(attempt, response.headers.get("Retry-After")))
+
+    def _unless_stopped(self, one: Wanted, place: Path) -> None:
+        """The first failure is the one that is told; the others end without one of their own."""
+        try:
+            if not self._stopped.is_set():
+                self._file(one, place)
+        except _Stopped:
+            return
+        except BaseException:
+            self._stopped.set()
+            raise
 
     def _file(self, one: Wanted, place: Path) -> None:
         for _ in range(2):
@@ -140,7 +154,7 @@ class Store:
                     known = received if response.status == 200 else 0  # a server without ranges begins anew
                     for piece in response.pieces():
                         if self._stopped.is_set():
-                            raise InfrastructureError("stopped", "another file could not be fetched")
+                            raise _Stopped
                         new, known = piece[known:], max(0, known - len(piece))
                         received += len(new)
                         yield new
@@ -165,12 +179,10 @@ class Store:
                 headers["If-Match"] = tag
         for _ in range(_MOST_REDIRECTS + 1):
             response = self._client.send(Request("GET", place, headers), stream=True)
-            if response.status not in (301, 302, 303, 307, 308):
+            where = _elsewhere(response, place)
+            if where is None:
                 break
-            where = Url.parse(urljoin(str(place), response.headers.get("Location", "")))
             response.close()
-            if place.scheme == "https" and where.scheme != "https":
-                break
             place = where
         if response.status == 200 or (response.status == 206 and _begins(response) == start):
             return response
@@ -220,6 +232,18 @@ def links(value: object) -> Mapping[str, str]:
             raise ValueError("model.files: path and url must be texts")
         found[each["path"]] = each["url"]
     return found
+
+
+def _elsewhere(response: Response, place: Url) -> Url | None:
+    """Where an answer sends to, unless that is nowhere or less safe."""
+    said = response.headers.get("Location")
+    if response.status not in (301, 302, 303, 307, 308) or not said:
+        return None
+    try:
+        where = Url.parse(urljoin(str(place), said))
+    except ValueError:
+        return None
+    return None if place.scheme == "https" and where.scheme != "https" else where
 
 
 def _begins(response: Response) -> int | None:
