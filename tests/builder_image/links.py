@@ -20,10 +20,10 @@ class Links:
     ranges: bool = True
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     """(method, path, Range) of each request."""
-    at_once: int = 0
     gate: threading.Barrier | None = None
     port: int = 0
-    on_get: Callable[[str], None] = lambda path: None
+    on_request: Callable[[str, str], None] = lambda method, path: None
+    """Called with method and path before a request is answered."""
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}/{path}?X-Amz-Signature=secret-{hashlib.sha256(path.encode()).hexdigest()}"
@@ -58,6 +58,7 @@ class Links:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if path is None:
                     return
+                links.on_request("PUT", path)
                 if links.faults.get(path):
                     self._say(int(links.faults[path].pop(0)))
                     return
@@ -68,7 +69,7 @@ class Links:
                 path = self._path()
                 if path is None:
                     return
-                links.on_get(path)
+                links.on_request("GET", path)
                 if links.gate is not None:
                     links.gate.wait(30)
                 fault = links.faults[path].pop(0) if links.faults.get(path) else None

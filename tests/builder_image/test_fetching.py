@@ -67,11 +67,11 @@ def test_a_file_that_changes_under_way_is_fetched_anew(links: Links, store: Stor
     links.objects["big"] = os.urandom(len(BIG))
     one = wanted(links, "big", BIG)
 
-    def change(path: str) -> None:
+    def change(method: str, path: str) -> None:
         if len(links.asked) > 1:
             links.objects["big"] = BIG
 
-    links.on_get = change
+    links.on_request = change
     links.faults["big"] = [str(1 << 20)]
     store.download([one], tmp_path, 1)
     assert (tmp_path / "big").read_bytes() == BIG
