@@ -19,7 +19,8 @@ from registry.versions import Version
 
 # Stands where a model's process would: hangs when it is asked, or is ready once another was asked and hangs.
 PROCESS = """#!{python}
-import http.server, os, pathlib, socket, time
+import http.server, os, pathlib, socket, threading, time
+threading.Thread(target=lambda: (os.read(int(os.environ["EKIBEN_LIFELINE_FD"]), 1), os._exit(0)), daemon=True).start()
 folder = pathlib.Path({folder!r})
 name = os.environ["EKIBEN_MODEL_NAME"]
 class Answer(http.server.BaseHTTPRequestHandler):
