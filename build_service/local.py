@@ -118,6 +118,7 @@ class LocalPlatform:
     # --- builds -----------------------------------------------------------------------------------------------------
 
     def submit(self, order: BuildOrder) -> None:
+        self._model_folder(order.version.location)  # from a bucket it may take long, which holds up nobody here
         with self._lock:
             key = (order.id, order.attempt)
             if key in self._builds:

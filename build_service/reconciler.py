@@ -20,6 +20,7 @@ from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, P
 from build_service.settings import Settings
 from registry import versions
 from registry.database import Database, now
+from registry.errors import EkibenError, UserError
 
 log = structlog.get_logger(__name__)
 
@@ -114,6 +115,9 @@ class Reconciler:
                     "build_not_started", f"The build could not be started: {error}.",
                     hint="Look at the room on the disk of the state folder.", user=False,
                 ))  # fmt: skip
+            except EkibenError as error:  # the object store is away, or does not hold what was uploaded
+                failure = Failure(error.code, error.detail, error.hint, user=isinstance(error, UserError))
+                status = BuildStatus("failed", failure=failure)
         if status.state == "running":
             values = {"lease_until": now() + _LEASE_SECONDS, "stage": status.stage, "stages": status.stages}
             with self._database.write() as connection:

@@ -36,7 +36,7 @@ def _content(file: Path | None) -> str | None:
 
 
 class Settings(ClusterSettings):
-    model_config = SettingsConfigDict(env_prefix="EKIBEN_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="EKIBEN_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     home: Path = Field(Path("~/.ekiben"), description="State folder: database, objects, environments, logs.")
     host: str = Field("127.0.0.1", description="Address to listen on. Other than loopback needs a token.")

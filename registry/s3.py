@@ -61,8 +61,8 @@ _WRITER = "x-amz-meta-ekiben-writer"  # says who wrote an object, for one who di
 # directory in the way of a new object while the folder above is being deleted with another one.
 _PASSING = {
     "BadDigest", "ConditionalRequestConflict", "ExistingObjectIsDirectory", "InternalError", "OperationAborted",
-    "RequestTimeout", "ServerNotInitialized", "ServiceUnavailable", "SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling",
-    "XAmzContentSHA256Mismatch", "XMinioServerNotInitialized",
+    "RequestTimeout", "ServerNotInitialized", "ServiceUnavailable", "SlowDown", "SlowDownRead", "SlowDownWrite",
+    "Throttling", "XAmzContentSHA256Mismatch", "XMinioServerNotInitialized",
 }  # fmt: skip
 _REFUSED = {
     "AccessDenied", "AccountProblem", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed",
