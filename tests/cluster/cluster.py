@@ -24,7 +24,7 @@ from tests.cluster.nodes import Node
 from tests.cluster.pki import Authority, Pair
 from tests.cluster.programs import Say
 
-ROOT = Path("/var/lib/ekiben-cluster")
+ROOT = Path(os.environ.get("EKIBEN_CLUSTER_ROOT") or "/var/lib/ekiben-cluster")
 NAME = "node-1"
 DOMAIN = "cluster.local"
 

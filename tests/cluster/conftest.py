@@ -1,7 +1,8 @@
 """The cluster for tests: brought up once a session and taken down after it, unless it was there before.
 
 `EKIBEN_E2E_KUBECONFIG` names another cluster to use (`make e2e KUBECONFIG=…`), with `EKIBEN_E2E_INGRESS` (URL) and
-`EKIBEN_E2E_REGISTRY` (HOST:PORT, plain http); `EKIBEN_CLUSTER_KEEP=1` leaves ours up. A test that asks for the fixture
+`EKIBEN_E2E_REGISTRY` (HOST:PORT, plain http). `EKIBEN_CLUSTER_ROOT` puts ours elsewhere, beside one that runs, and
+`EKIBEN_CLUSTER_KEEP=1` leaves it up. A test that asks for the fixture
 `cluster` bears the marker of that name; `make test` leaves it out.
 """
 
@@ -12,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +39,7 @@ def cluster() -> Iterator[Cluster]:
         program = shutil.which("kubectl")
         if program is None:
             pytest.skip("kubectl is not installed")
-        nothing = {"variables": {}, "files": {}, "ca_bundle": None, "ca_place": ""}
+        nothing: dict[str, Any] = {"variables": {}, "files": {}, "ca_bundle": None, "ca_place": ""}
         yield Cluster(Path(named), ingress, Registry(registry, registry), nothing, Path(program))
         return
     need_what_a_cluster_needs()

@@ -8,6 +8,8 @@ host stand only a virtual cable, one route, three firewall rules and a cgroup; a
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import ipaddress
 import json
 import os
@@ -16,8 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 # Kernel settings that Kubernetes changes for the whole machine; the host gets its own back.
@@ -25,6 +27,7 @@ _KERNEL = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/pa
 _CGROUPS = Path("/sys/fs/cgroup")
 # The kubelet, containerd and CNI write to these, whatever they are told; the node sees folders of its root there.
 _SEEN_AS = {"var-log": "/var/log", "kubelet": "/var/lib/kubelet", "cni": "/var/lib/cni"}
+_SHARED = Path("/run/ekiben-clusters")
 _INIT = """import signal  # the init of an Ekiben test cluster
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 print(flush=True)
@@ -77,7 +80,6 @@ class Node:
     network: Network
     pid: int
     born: str
-    kernel: Mapping[str, str]
 
     @property
     def alive(self) -> bool:
@@ -115,7 +117,7 @@ class Node:
         file = self.root / "pids" / f"{name}.json"
         with contextlib.suppress(FileNotFoundError):
             kept = json.loads(file.read_text())
-            return _born(kept["pid"]) == kept["born"] != ""
+            return bool(kept["born"]) and _born(kept["pid"]) == kept["born"]
         return False
 
     def parts(self) -> list[str]:
@@ -134,12 +136,47 @@ def make(root: Path) -> Node:
     """A new node under `root`: namespaces, cable, cgroup. `root` keeps what `remove` needs from the first step on."""
     for folder in ("logs", "pids", *_SEEN_AS):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    network = _free_network()
-    name = f"ekiben{network.second}"
-    kernel = {key: Path("/proc/sys", key).read_text().strip() for key in _KERNEL}
-    node = Node(root, name, network, 0, "", kernel)
-    _keep(node)
-    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    with _host():
+        network = _free_network()
+        node = Node(root, f"ekiben{network.second}", network, 0, "")
+        _keep(node)
+        _change_host()
+        node = replace(node, pid=(pid := _start_init(root)), born=_born(pid))
+        _keep(node)
+        _mount(node)
+        _cable(node)
+        _cgroup(node)
+    return node
+
+
+def remove(root: Path) -> None:
+    """End the node and take away everything of it that the host can see. Fit for a node that was made by half."""
+    node = find(root)
+    if node is None:
+        return
+    with _host():
+        for pid in _inits(root):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        _until(lambda: not _inits(root), "the node's init does not end")
+        _until(lambda: not any(node.runs(part) for part in node.parts()), "parts of the node do not end")
+        for rule in _rules(node):
+            while _succeeds(["iptables", "-w", *rule[:2], "-D", *rule[2:]]):
+                pass
+        _succeeds(["ip", "link", "delete", node.cable])
+        for folder in _hierarchies(node):
+            _until(functools.partial(_remove_cgroup, folder), f"processes stay in {folder}")
+        if not _inits(None):
+            _restore_host()
+        (root / "node.json").unlink()
+
+
+def cgroup(node: Node) -> str:
+    """The cgroup that holds every pod, below the root of each hierarchy."""
+    return f"/{node.name}"
+
+
+def _start_init(root: Path) -> int:
     with (root / "logs" / "node.log").open("ab") as log:
         outer = subprocess.Popen(
             [
@@ -156,43 +193,41 @@ def make(root: Path) -> Node:
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
     if not children:
         raise SystemExit(f"the node's init did not start; see {root}/logs/node.log")
-    pid = int(children[0])
-    node = Node(root, name, network, pid, _born(pid), kernel)
-    _keep(node)
-    _mount(node)
-    _cable(node)
-    _cgroup(node)
-    return node
+    return int(children[0])
 
 
-def remove(root: Path) -> None:
-    """End the node and take away everything of it that the host can see. Fit for a node that was made by half."""
-    node = find(root)
-    if node is None:
+@contextlib.contextmanager
+def _host() -> Iterator[None]:
+    """One cluster at a time changes the host."""
+    _SHARED.mkdir(exist_ok=True)
+    with (_SHARED / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _change_host() -> None:
+    """What the clusters of a host share: its kernel's settings, and the folders that they mount over."""
+    file = _SHARED / "before.json"
+    if not file.exists():
+        kernel = {key: Path("/proc/sys", key).read_text().strip() for key in _KERNEL}
+        _write(file, {"kernel": kernel, "absent": [each for each in _SEEN_AS.values() if not Path(each).exists()]})
+    for place in _SEEN_AS.values():
+        Path(place).mkdir(parents=True, exist_ok=True)
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+
+
+def _restore_host() -> None:
+    """Not before the last cluster went: removing a folder takes away what any of them has mounted there."""
+    file = _SHARED / "before.json"
+    if not file.exists():
         return
-    for pid in _inits(root):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    _until(lambda: not _inits(root), "the node's init does not end")
-    _until(lambda: not any(node.runs(part) for part in node.parts()), "parts of the node do not end")
-    for rule in _rules(node):
-        while _succeeds(["iptables", "-w", *rule[:2], "-D", *rule[2:]]):
-            pass
-    _succeeds(["ip", "link", "delete", node.cable])
-    for folder in _hierarchies(node):
-        _until(lambda folder=folder: _remove_cgroup(folder), f"processes stay in {folder}")  # type: ignore[misc]
-    if not _others(node):
-        for key, value in node.kernel.items():
-            Path("/proc/sys", key).write_text(value)
-    for seen in _SEEN_AS.values():
-        with contextlib.suppress(OSError):  # only where it is empty, and so was made for us
-            os.rmdir(seen)
-    (root / "node.json").unlink()
-
-
-def cgroup(node: Node) -> str:
-    """The cgroup that holds every pod, below the root of each hierarchy."""
-    return f"/{node.name}"
+    before = json.loads(file.read_text())
+    for key, value in before["kernel"].items():
+        Path("/proc/sys", key).write_text(value)
+    for place in before["absent"]:
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(place)
+    file.unlink()
 
 
 def _mount(node: Node) -> None:
@@ -200,7 +235,6 @@ def _mount(node: Node) -> None:
     node.run("mount", "-t", "proc", "proc", "/proc")
     node.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
     for folder, place in _SEEN_AS.items():
-        Path(place).mkdir(parents=True, exist_ok=True)
         node.run("mount", "--bind", str(node.root / folder), place)
 
 
@@ -277,24 +311,19 @@ def _free_network() -> Network:
     raise SystemExit("no free network between 10.201.0.0/16 and 10.249.0.0/16: take a cluster down")
 
 
-def _others(node: Node) -> bool:
-    """Whether another cluster of ours runs on this host."""
-    cables = json.loads(_run(["ip", "-j", "link", "show", "type", "veth"]))
-    return any(each["ifname"].startswith("ekiben") and each["ifname"] != node.cable for each in cables)
-
-
 def _keep(node: Node) -> None:
     _write(node.root / "node.json", {**asdict(node), "root": str(node.root)})
 
 
-def _inits(root: Path) -> list[int]:
-    """The init of the node under `root` and the `unshare` that waits for it, recorded or not."""
-    wanted = [_INIT.encode(), str(root).encode()]
+def _inits(root: Path | None) -> list[int]:
+    """The init of the node under `root`, or of any, and the `unshare` that waits for it; recorded or not."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             with contextlib.suppress(OSError):
-                if (process / "cmdline").read_bytes().split(b"\0")[-3:-1] == wanted and _born(int(process.name)):
+                words = (process / "cmdline").read_bytes().split(b"\0")[-3:-1]
+                of_node = words[:1] == [_INIT.encode()] and (root is None or words[1:] == [str(root).encode()])
+                if of_node and _born(int(process.name)):
                     found.append(int(process.name))
     return found
 
@@ -330,7 +359,7 @@ def _succeeds(argv: Sequence[str]) -> bool:
     return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
-def _until(done, trouble: str, seconds: float = 20) -> None:  # type: ignore[no-untyped-def]
+def _until(done: Callable[[], bool], trouble: str, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not done():
         if time.monotonic() > end:
@@ -339,4 +368,4 @@ def _until(done, trouble: str, seconds: float = 20) -> None:  # type: ignore[no-
 
 
 def wipe(root: Path) -> None:
-    shutil.rmtree(root, ignore_errors=False)
+    shutil.rmtree(root)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.policies import Pod, matches, ruleset
-from tests.cluster.test_cluster import eventually, run, serve
+from tests.cluster.workloads import eventually, run, serve
 
 WEB = Pod("shop", "10.9.0.2", {"app": "web"}, {"http": ("tcp", 8080)})
 JOB = Pod("shop", "10.9.0.3", {"app": "job"}, {})

@@ -16,6 +16,7 @@ import pytest
 from tests.cluster import cluster as clusters
 from tests.cluster import programs
 from tests.cluster.cluster import Cluster
+from tests.cluster.workloads import eventually, run
 
 _COMMAND = [sys.executable, "-m", "tests.cluster"]
 
@@ -28,8 +29,12 @@ def root() -> Iterator[Path]:
         clusters.down(root)
 
 
-def test_a_cluster_killed_half_way_comes_up_again_and_leaves_nothing(cluster: Cluster, root: Path) -> None:
+def test_a_cluster_killed_half_way_comes_up_again_and_leaves_nothing(
+    cluster: Cluster, namespace: str, python_image: str, root: Path
+) -> None:
     """A second cluster beside the session's own, which must not notice."""
+    assert cluster.root is not None
+    before = mounts_of(cluster.root)
     with subprocess.Popen(
         [*_COMMAND, "up", "--root", str(root)], cwd=programs.PROJECT, stdout=subprocess.PIPE, text=True
     ) as coming:
@@ -43,6 +48,7 @@ def test_a_cluster_killed_half_way_comes_up_again_and_leaves_nothing(cluster: Cl
     assert len(again.get("nodes")["items"]) == 1
 
     os.kill(kept["pid"], signal.SIGKILL)
+    eventually(lambda: "down" if clusters.status(root) == ["down"] else "")
     assert clusters.up(root, print).get("nodes")["items"][0]["metadata"]["name"] == clusters.NAME
 
     names = {kept["name"], json.loads((root / "node.json").read_text())["name"]}
@@ -52,7 +58,15 @@ def test_a_cluster_killed_half_way_comes_up_again_and_leaves_nothing(cluster: Cl
         assert what_bears(name) == []
     assert str(root) not in Path("/proc/mounts").read_text()
     assert str(root) not in everything_that_runs()
-    assert cluster.kubectl("get", "--raw=/readyz") == "ok"
+    assert before <= mounts_of(cluster.root)
+    run(cluster, namespace, "beside", python_image, "pass")
+
+
+def mounts_of(root: Path) -> set[str]:
+    """What is mounted in the node that is not of a pod."""
+    pid = json.loads((root / "node.json").read_text())["pid"]
+    places = [line.split()[1] for line in Path(f"/proc/{pid}/mounts").read_text().splitlines()]
+    return {place for place in places if "/pods/" not in place and not place.startswith("/run/")}
 
 
 def what_bears(name: str) -> list[str]:
