@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry import runs
 from registry.errors import EkibenError, InfrastructureError
-from registry.origin import RUN_LABEL
+from registry.origin import PATH_LABEL, RUN_LABEL
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,12 +72,24 @@ def _create(client: MlflowClient, action: dict[str, Any]) -> None:
         **{key: value[:_LONGEST_TAG] for key, value in action["labels"].items()},
     }
     run_id = _origin(client, action) or _run(client, action, tags)
-    made = client.create_model_version(action["name"], source=action["source"], run_id=run_id, tags=tags)
+    source = _source(client, action, run_id)
+    made = client.create_model_version(action["name"], source=source, run_id=run_id, tags=tags)
     if str(made.version) != str(action["number"]):
         # Somebody else wrote versions under this name: the tag tells which of ours it is.
         logging.getLogger(__name__).warning(
             "%s/%s is version %s in MLflow", action["name"], action["number"], made.version
         )
+
+
+def _source(client: MlflowClient, action: dict[str, Any], run_id: str | None) -> str:
+    """Where the files are: this machine's own folder; a tracking server takes no such paths of its clients, so there it
+    is the artifact that the version came from, or else a name of ours."""
+    if not re.match(r"https?:", str(client.tracking_uri)):
+        return str(action["source"])
+    path = action["labels"].get(PATH_LABEL)
+    if run_id is not None and run_id == action["labels"].get(RUN_LABEL) and path is not None:
+        return f"runs:/{run_id}/{path}"
+    return f"ekiben:/{action['name']}/{action['number']}"
 
 
 def _origin(client: MlflowClient, action: dict[str, Any]) -> str | None:

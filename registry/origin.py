@@ -10,6 +10,7 @@ from registry.errors import UserError
 from registry.manifest import check_path
 
 RUN_LABEL = "mlflow.run_id"
+PATH_LABEL = "mlflow.artifact_path"
 
 RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,63}")
 VERSION_URI = re.compile(r"models:/(?P<name>[^/:@]{1,255})(?:/(?P<version>\d{1,9}|latest)|@(?P<alias>[\w-]{1,255}))")

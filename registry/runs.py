@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from registry import artifacts
 from registry.errors import UserError
 from registry.manifest import check_path
-from registry.origin import LOGGED_URI, RUN_LABEL, RUN_URI, VERSION_URI, Source
+from registry.origin import LOGGED_URI, PATH_LABEL, RUN_LABEL, RUN_URI, VERSION_URI, Source
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,7 +48,7 @@ def _of_run(client: MlflowClient, source: Source) -> artifacts.Place:
     path = source.artifact_path
     if path is None:
         path = _only_model(source.run_id, logged, run, repository)
-    labels = {RUN_LABEL: source.run_id, "mlflow.artifact_path": path}
+    labels = {RUN_LABEL: source.run_id, PATH_LABEL: path}
     first, _, rest = path.partition("/")
     if first in logged:
         model = logged[first]

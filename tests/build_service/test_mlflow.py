@@ -311,6 +311,10 @@ def test_a_tracking_server_hands_the_model_out_and_is_told_of_the_version(
         assert version["labels"]["mlflow.model_uri"] == "models:/Churn Model/1"
         projected = until(lambda: client.search_model_versions("name = 'churn-model'"), home.log)[0]
         assert projected.run_id == run.info.run_id
+        fields = {"run_id": run.info.run_id, "name": "by-run", "deploy": "false"}
+        home.post("/models", 201, data=fields)
+        of_run = until(lambda: client.search_model_versions("name = 'by-run'"), home.log)[0]
+        assert (of_run.run_id, of_run.source) == (run.info.run_id, f"runs:/{run.info.run_id}/model")
 
         # a run whose artifacts are said to be on this machine's own disk: not for a client of a server
         refused(home, 422, "mlflow_artifacts_local", run_id=local, artifact_path="model", name="local")

@@ -455,3 +455,35 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def test_a_model_of_a_training_run_in_mlflow_goes_live_from_the_shell_and_the_notebook(
+    server: Running, client: ekiben.Client, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    import mlflow
+
+    home = Path(server.environment["EKIBEN_HOME"])
+    kept = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{home / 'mlflow.db'}")
+    try:
+        experiment = mlflow.create_experiment("training", artifact_location=tmp_path.as_uri())
+        numbers = table.drop(columns="plan")
+        model = lightgbm.train({"verbose": -1}, lightgbm.Dataset(numbers, numbers["mean radius"]), 3)
+        with mlflow.start_run(experiment_id=experiment) as run:
+            logged = mlflow.lightgbm.log_model(model, name="model")
+    finally:
+        mlflow.set_tracking_uri(kept[0])
+        mlflow.set_registry_uri(kept[1])
+    done = server.ekiben("push", "--run", run.info.run_id, "--name", "tracked")
+    assert done.returncode == 0, done.stderr
+    assert "live" in done.stdout
+    assert run.info.run_id in server.ekiben("models", "tracked").stdout
+    assert json.loads(server.ekiben("models", "tracked:1").stdout)["labels"]["mlflow.run_id"] == run.info.run_id
+    deployment = ekiben.push(logged.model_uri, name="tracked", client=client)
+    assert (deployment.pushed or {})["version"] == 1  # the same content
+    assert list(deployment.predict(numbers[:3])) == pytest.approx(list(model.predict(numbers[:3])))
+
+    without = server.ekiben("push", "--run", run.info.run_id)
+    assert (without.returncode, "missing_name" in without.stderr) == (1, True)
+    both = server.ekiben("push", "model.txt", "--run", run.info.run_id)
+    assert (both.returncode, "file_and_run" in both.stderr) == (2, True)
