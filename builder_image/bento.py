@@ -312,10 +312,11 @@ def _read(file: Path) -> bytes | None:
         return None
     except OSError as error:
         raise _malformed(f"cannot be read ({error.strerror})") from error
+    known = os.fstat(descriptor)
+    if not stat.S_ISREG(known.st_mode) or known.st_nlink != 1:
+        os.close(descriptor)
+        raise _malformed("is not a plain file")
     with open(descriptor, "rb") as source:
-        known = os.fstat(descriptor)
-        if not stat.S_ISREG(known.st_mode) or known.st_nlink != 1:
-            raise _malformed("is not a plain file")
         data = source.read(_LARGEST_ANSWER + 1)
     if len(data) > _LARGEST_ANSWER:
         raise _malformed("is larger than 16 MiB")
