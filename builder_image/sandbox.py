@@ -3,7 +3,7 @@
 A filter of system calls (seccomp-bpf) that no program can take off again, and that everything it starts inherits. It
 needs no privilege and works in any container: `socket` gives nothing but Unix sockets, and the ways around it
 (io_uring, another ABI of the same kernel, the sockets and memory of other processes) are closed. What it guards, and
-what it does not: docs/decisions/0201-what-each-step-may-write.md.
+what it does not: docs/decisions/0105-what-each-step-may-write.md.
 
     python -I -S sandbox.py '{"memory": BYTES | null, "network": false}' PROGRAM ARGUMENT…
 

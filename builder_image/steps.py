@@ -4,7 +4,7 @@
     inspect    imports the service where its code layer is not known yet; holds no secret and has no network
     assemble   the image, the push, the result; imports nothing of the user's and trusts nothing that inspect wrote
 
-Each writes in its own folder only, so that the others can have it read-only (decision 0201). They are the functions of
+Each writes in its own folder only, so that the others can have it read-only (decision 0105). They are the functions of
 `build`, cut where one process must know less than another, and give the same image.
 """
 
@@ -332,7 +332,7 @@ def _check_mounts(step: Step) -> None:
             raise InfrastructureError(
                 "unsafe_mounts",
                 f"{place} can be written by the step that runs a user's code",
-                hint="mount the folder of the step fetch read-only here; decision 0201 says why",
+                hint="mount the folder of the step fetch read-only here; decision 0105 says why",
             )
 
 
