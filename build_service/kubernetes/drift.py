@@ -28,7 +28,9 @@ _AMOUNTS = ("requests", "limits", "hard")
 def holds(live: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """`wanted` as it was sealed (`manifests.sealed`); its fencing token does not count."""
     marks = {key: value for key, value in wanted["metadata"]["annotations"].items() if key != names.FENCE}
-    return _within(live, {**wanted, "metadata": {**wanted["metadata"], "annotations": marks}}, "")
+    # Objects of a list do not say what they are.
+    said = {key: value for key, value in wanted.items() if key not in ("apiVersion", "kind")}
+    return _within(live, {**said, "metadata": {**wanted["metadata"], "annotations": marks}}, "")
 
 
 def fence(live: Mapping[str, Any]) -> int:

@@ -297,6 +297,7 @@ def test_drift_is_repaired(place: Place, name: str) -> None:
     assert place.get("networkpolicy", name)["spec"].get("egress", []) == []
 
     place.kubectl("scale", "deployment", name, "--replicas=3")
+    place.until(name, lambda seen: seen.applied != order.terms)
     place.until(name, lambda seen: seen.applied == order.terms and seen.ready == 1, order)
     assert place.get("deployment", name)["spec"]["replicas"] == 1
 
