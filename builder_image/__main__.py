@@ -12,14 +12,13 @@ with 0 success, 2 the user's error, 3 infrastructure (worth retrying), 4 killed 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from builder_image import ending
-from builder_image.process import Processes, hold_lifeline
-from builder_image.progress import Progress
+if TYPE_CHECKING:  # what a command needs it imports itself
+    from builder_image.process import Processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,9 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return commands.main(arguments)
     if len(arguments) == 1 and arguments[0] in ("fetch", "inspect", "assemble"):
+        from builder_image import plan
+
+        if arguments[0] == "inspect" and plan.nothing_to_inspect(os.environ):
+            return 0
         from builder_image import steps
 
         return steps.main(arguments[0], os.environ)
+    from builder_image.process import Processes, hold_lifeline
+
     spec, lifeline = _options(arguments)
     processes = Processes()
     if lifeline is not None:
@@ -62,8 +67,12 @@ def _options(arguments: list[str]) -> tuple[Path, int | None]:
 
 def run(file: Path, processes: Processes) -> int:
     """Run the build of a spec file; the exit code."""
+    import shutil
+
+    from builder_image import ending
     from builder_image.build import build
     from builder_image.installer import Tools
+    from builder_image.progress import Progress
     from builder_image.spec import BadSpec, BuildSpec, plain
 
     try:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from builder_image import sandbox
 from builder_image.environment import Environment, made_once
 from builder_image.installer import Tools
 from builder_image.lock import Lock, canonicalize_name
@@ -190,6 +189,8 @@ def ask(
     read-only. Raises UserError `service_import_failed`, `service_not_found`, `legacy_service`, `inspect_timeout`,
     `needs_dockerfile`, `needs_model_store`; InfrastructureError `sandbox_failed`.
     """
+    from builder_image import sandbox  # ctypes takes its time, and most builds import no service
+
     context = work / "context"
     shutil.rmtree(context, ignore_errors=True)
     for name in ("home", "tmp"):
@@ -254,6 +255,8 @@ def _network(tools: Tools) -> bool:
     """Whether a service is imported with the network: where somebody wants it so, or the system knows no other way."""
     if tools.outer.get(NETWORK) == "allow":
         return True
+    from builder_image import sandbox
+
     why = sandbox.unavailable()
     if why is not None:
         print(f"services are imported with the network: {why}", file=sys.stderr)

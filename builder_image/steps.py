@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder_image import ending
+from builder_image import plan as plans
 from builder_image.process import Processes, end_on_sigterm
 from builder_image.progress import Progress
 from registry import digest
@@ -37,7 +38,6 @@ if TYPE_CHECKING:  # what a step needs it imports itself: most builds have nothi
     from builder_image.spec import BuildSpec
     from builder_image.staging import Recall
 
-_PLAN_SCHEMA = "ekiben.plan.v1"
 _LARGEST_SPEC, _LARGEST_MANIFEST = 64 << 20, 64 << 20
 _AT_ONCE = 4
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
@@ -75,13 +75,11 @@ class Step:
 
     @property
     def plan(self) -> Path:
-        """What fetch found out for the others."""
-        return self.fetched / "plan.json"
+        return plans.file(self.work)
 
     @property
     def answer(self) -> Path:
-        """What the service says of itself."""
-        return self.work / "inspect" / "answer.json"
+        return plans.answer(self.work)
 
     def tools(self) -> Tools:
         """With places to write for programs that want a home and a cache."""
@@ -117,7 +115,7 @@ def main(name: str, env: Mapping[str, str]) -> int:
     """Run a step; the exit code."""
     processes = Processes()
     end_on_sigterm(processes)
-    step = Step(name, Path(env.get("EKIBEN_WORK") or "/work"), env, Progress(sys.stdout), processes)
+    step = Step(name, plans.work(env), env, Progress(sys.stdout), processes)
     step.progress.current = name
     try:
         _own_folder(step)
@@ -167,7 +165,7 @@ def fetch(step: Step) -> None:
     ending.write(
         step.plan,
         {
-            "schema": _PLAN_SCHEMA,
+            "schema": plans.SCHEMA,
             "order": order,
             "lock": recipe.lock.text,
             "inspect": None
@@ -414,8 +412,8 @@ def _plan(step: Step) -> dict[str, Any]:
         raise InfrastructureError(
             "bad_plan", f"{step.plan} cannot be read: {error}", hint="the step fetch must have ended well before"
         ) from error
-    if plan.get("schema") != _PLAN_SCHEMA:
-        raise InfrastructureError("bad_plan", f"{step.plan} is no {_PLAN_SCHEMA}", hint="the steps must be one release")
+    if plan.get("schema") != plans.SCHEMA:
+        raise InfrastructureError("bad_plan", f"{step.plan} is no {plans.SCHEMA}", hint="the steps must be one release")
     return plan
 
 
