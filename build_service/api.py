@@ -149,7 +149,7 @@ class Service:
 
     def submit_build(self, connection: Connection, row: versions.Version, image: dict[str, Any] | None) -> state.Build:
         image = image or identity.image_of(self.settings, row)
-        whole = identity.of_build(row, self._kind_digest(row.kind), image)
+        whole = identity.of_build(row, self._kind_digest(row.kind), image, self.settings)
         return state.submit_build(connection, identity.build_id(whole), whole, row.id, image)
 
     def _kind_digest(self, name: str) -> str | None:

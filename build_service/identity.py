@@ -15,7 +15,7 @@ from registry.versions import Version
 FORMAT = 1  # of what a build leaves behind; raised when equal inputs would give other results
 
 
-def of_build(version: Version, kind_digest: str | None, image: dict[str, Any] | None) -> str:
+def of_build(version: Version, kind_digest: str | None, image: dict[str, Any] | None, settings: Settings) -> str:
     """Digest of everything that a build's result depends on."""
     return digest.of_json(
         {
@@ -24,11 +24,17 @@ def of_build(version: Version, kind_digest: str | None, image: dict[str, Any] | 
             "kind": kind_digest,
             "lock": digest.of_bytes(version.lock.encode()) if version.lock and image else None,
             "image": image,
-            "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-            "uv": installed("uv"),
-            "bentoml": installed("bentoml"),
+            **_builder(settings),
         }
     )
+
+
+def _builder(settings: Settings) -> dict[str, Any]:
+    """What builds: an image, or the programs of this environment; the service's own image has none of them."""
+    if settings.platform == "kubernetes":
+        return {"builder": settings.builder_image}
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return {"python": python, "uv": installed("uv"), "bentoml": installed("bentoml")}
 
 
 def build_id(identity: str) -> str:
