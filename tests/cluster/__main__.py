@@ -1,8 +1,8 @@
 """python -m tests.cluster up|down|status|build: a real Kubernetes of one node on this machine.
 
 `build` installs Debian's packages that are missing and builds the rest from Go modules into a cache
-(EKIBEN_CLUSTER_CACHE, else ~/.cache/ekiben-cluster); `up` does so too where it must. `up` joins a cluster that runs. Several
-clusters may run side by side, each under a root of its own (--root, EKIBEN_CLUSTER_ROOT).
+(EKIBEN_CLUSTER_CACHE, else ~/.cache/ekiben-cluster); `up` does so too where it must, and joins a cluster that runs.
+Several clusters may run side by side, each under a root of its own (--root, EKIBEN_CLUSTER_ROOT).
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def build(say: Say, only: Sequence[str] = ()) -> None:
     """What is the same for each cluster: packages of Debian and the programs, all or those of some folders."""
     programs.install_packages(say)
     if not programs.go_is_there():
-        raise SystemExit("building the cluster's programs needs Go 1.24 or newer (the program `go` on the PATH)")
+        raise SystemExit("building the cluster's programs needs Go 1.26 or newer (the program `go` on the PATH)")
     for module in programs.MODULES:
         if not only or module.folder in only:
             seconds = programs.build(module, say)
@@ -383,6 +383,9 @@ def _kubelet(node: Node, authority: Path, own: Pair) -> dict[str, Any]:
 
 def _volume(root: Path, number: int) -> dict[str, Any]:
     name = f"disk-{number}"
+    folder = root / "volumes" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o777)  # such volumes know no fsGroup, and pods run as any user
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
@@ -391,7 +394,7 @@ def _volume(root: Path, number: int) -> dict[str, Any]:
             "capacity": {"storage": "100Gi"},
             "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
             "storageClassName": "standard",
-            "hostPath": {"path": str(root / "volumes" / name), "type": "DirectoryOrCreate"},
+            "hostPath": {"path": str(folder), "type": "Directory"},
         },
     }
 

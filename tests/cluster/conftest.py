@@ -2,8 +2,8 @@
 
 `EKIBEN_E2E_KUBECONFIG` names another cluster to use (`make e2e KUBECONFIG=…`), with `EKIBEN_E2E_INGRESS` (URL) and
 `EKIBEN_E2E_REGISTRY` (HOST:PORT, plain http). `EKIBEN_CLUSTER_ROOT` puts ours elsewhere, beside one that runs, and
-`EKIBEN_CLUSTER_KEEP=1` leaves it up. A test that asks for the fixture
-`cluster` bears the marker of that name; `make test` leaves it out.
+`EKIBEN_CLUSTER_KEEP=1` leaves it up. A test that asks for the fixture `cluster` bears the marker of that name;
+`make test` leaves it out.
 """
 
 from __future__ import annotations

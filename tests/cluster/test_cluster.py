@@ -92,12 +92,17 @@ def test_a_claim_gets_a_volume(cluster: Cluster, namespace: str, python_image: s
 
 
 def test_a_pod_fetches_packages_the_way_the_host_does(cluster: Cluster, namespace: str, python_image: str) -> None:
-    code = (
-        "import subprocess as s, sys, os; s.run([sys.executable, '-m', 'venv', '/tmp/v'], check=True);"
-        "s.run(['/tmp/v/bin/pip', 'download', '--quiet', '--no-deps', '--dest', '/tmp/d', 'idna==3.10'], check=True);"
-        "print(os.listdir('/tmp/d'))"
-    )
+    code = """
+import os, subprocess, sys
+def run(*command):
+    subprocess.run(command, check=True)
+run(sys.executable, "-m", "venv", "/tmp/v")
+run("/tmp/v/bin/pip", "install", "--quiet", "uv")
+run("/tmp/v/bin/pip", "download", "--quiet", "--no-deps", "--dest", "/tmp/d", "idna==3.10")
+run("/tmp/v/bin/uv", "pip", "install", "--quiet", "--target", "/tmp/t", "sniffio==1.3.1")
+print(os.listdir("/tmp/d"), os.path.exists("/tmp/t/sniffio"))
+"""
     job = job_of("job", python_image, code)
     job["spec"]["template"]["spec"] = cluster.with_way_out(namespace, job["spec"]["template"]["spec"])
     run_job(cluster, namespace, job)
-    assert "['idna-3.10-py3-none-any.whl']" in cluster.kubectl("logs", "-n", namespace, "job/job")
+    assert "['idna-3.10-py3-none-any.whl'] True" in cluster.kubectl("logs", "-n", namespace, "job/job")
