@@ -188,7 +188,13 @@ RECIPES = {
         ),
         Recipe(
             "builder",
-            _ours("builder", [PYTHON, "-m", "builder_image"], BENTOML_DO_NOT_TRACK="True", BENTOML_HOME="/tmp/bentoml"),
+            _ours(
+                "builder",
+                [PYTHON, "-m", "builder_image"],
+                BENTOML_DO_NOT_TRACK="True",
+                BENTOML_HOME="/tmp/bentoml",
+                EKIBEN_BASES="/app/bases",
+            ),
             locked=True,
             packages=("bentos", "builder_image", "registry"),
             bases=True,
