@@ -305,7 +305,7 @@ class Cluster:
         except (urllib3.exceptions.HTTPError, OSError):  # cut, or silent for too long: go on from where we were
             if self._stop.is_set():
                 return version
-            log.info("a watch was cut", kind=watched.kind, namespace=watched.namespace)
+            log.debug("a watch was cut", kind=watched.kind, namespace=watched.namespace)
         return version
 
     # --- HTTP ---------------------------------------------------------------------------------------------------------

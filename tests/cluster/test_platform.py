@@ -102,8 +102,8 @@ class Place:
 
 def version(name: str, number: int, labels: dict[str, str]) -> Version:
     return Version(
-        f"01{number}", name, number, f"sha256:{'0' * 64}", "lightgbm", "lightgbm-text", 1000, "models/01", {"files": []},
-        None, labels, None, None, None, 0.0, None,
+        f"01{number}", name, number, f"sha256:{'0' * 64}", "lightgbm", "lightgbm-text", 1000, "models/01",
+        {"files": []}, None, labels, None, None, None, 0.0, None,
     )  # fmt: skip
 
 
@@ -372,7 +372,8 @@ def call(place: Place, path: str, version: str | None = None) -> dict[str, Any] 
 
 
 def proxied(place: Place, name: str, path: str) -> str:
-    return f"/api/v1/namespaces/{place.settings.models_namespace}/pods/{place.pods(name)[0]['metadata']['name']}:3000/proxy/{path}"
+    pod = place.pods(name)[0]["metadata"]["name"]
+    return f"/api/v1/namespaces/{place.settings.models_namespace}/pods/{pod}:3000/proxy/{path}"
 
 
 def eventually(ask: Callable[[], Any]) -> Any:
