@@ -6,11 +6,14 @@ Works alike on SQLite (embedded, WAL) and PostgreSQL.
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Float, MetaData, create_engine, event
+from sqlalchemy import Connection, Engine, Float, MetaData, create_engine, event, func, select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -51,7 +54,7 @@ def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 
 
 class Database:
-    """One engine; `read()` and `write()` are the only ways in.
+    """One engine; `read()` and `write()` are the only ways in; `claimed()` is for work beside it.
 
     `write()` takes the one write lock at once (SQLite: BEGIN IMMEDIATE; PostgreSQL: an advisory lock for the length of
     the transaction), so what a writer reads cannot change before it writes, on both alike (docs/decisions/0201).
@@ -69,6 +72,8 @@ class Database:
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
             event.listen(self.engine, "begin", _begin_postgresql)
+        self._claims: set[str] = set()
+        self._claiming = threading.Lock()
 
     def create(self) -> None:
         """Make the tables that are not there yet, without a history: a service migrates instead."""
@@ -83,6 +88,32 @@ class Database:
     def write(self) -> Iterator[Connection]:
         with self.engine.connect().execution_options(ekiben_write=True) as connection, connection.begin():
             yield connection
+
+    @contextmanager
+    def claimed(self, name: str) -> Iterator[bool]:
+        """Whether the name is the caller's alone, among all services of this database, until the block ends. It is free
+        again when its holder dies. On a server it holds a connection."""
+        if self.embedded:
+            with self._claiming:
+                free = name not in self._claims
+                self._claims.add(name)
+            try:
+                yield free
+            finally:
+                if free:
+                    with self._claiming:
+                        self._claims.discard(name)
+            return
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+        # Without a transaction: one that stands still for minutes would keep the server from tidying up.
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            free = bool(connection.execute(select(func.pg_try_advisory_lock(key))).scalar_one())
+            try:
+                yield free
+            finally:
+                if free:
+                    with suppress(DBAPIError):  # a connection that broke has given it back already
+                        connection.execute(select(func.pg_advisory_unlock(key)))
 
     def close(self) -> None:
         self.engine.dispose()

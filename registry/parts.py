@@ -83,6 +83,7 @@ def check_content(data: bytes | bytearray, sha256: str) -> None:
         raise UserError(
             "part_too_large" if data else "part_empty",
             f"A part has 1 to {LARGEST_PART} bytes; this one has {len(data)}.",
+            hint="Cut the file into parts of the part_size that the upload's answer names: split -b 16M FILE",
             status=413 if data else 422,
         )
     if hashlib.sha256(data).hexdigest() != sha256.lower():
@@ -126,7 +127,12 @@ def check_next(kept: Sequence[Part], number: int, sha256: str) -> Part | None:
 
 def check_some(kept: Sequence[Part], upload: str) -> None:
     if not kept:
-        raise UserError("upload_incomplete", f"The upload {upload!r} has no part yet.", status=409)
+        raise UserError(
+            "upload_incomplete",
+            f"The upload {upload!r} has no part yet.",
+            hint=f"PUT /uploads/{upload}/parts/1 is the first.",
+            status=409,
+        )
 
 
 class FolderUpload:

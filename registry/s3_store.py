@@ -97,8 +97,8 @@ class S3Store:
 
     # --- uploads in parts -------------------------------------------------------------------------------------------
 
-    def begin_parts(self, key: str) -> str:
-        upload = parts.new_id()
+    def begin_parts(self, key: str, upload: str | None = None) -> str:
+        upload = parts.check_id(upload or parts.new_id())
         _begin(self._bucket, check_key(key), upload)
         return upload
 

@@ -94,8 +94,9 @@ class ObjectStore(Protocol):
         """Where the objects below `prefix/` are, for other programs: file:// or s3://."""
         ...
 
-    def begin_parts(self, key: str) -> str:
-        """Begin an upload in parts of the object `key`: the upload's id. See `registry.parts`."""
+    def begin_parts(self, key: str, upload: str | None = None) -> str:
+        """Begin an upload in parts of the object `key`: the upload's id, a new one (`parts.new_id`) unless it is given.
+        See `registry.parts`."""
         ...
 
     def put_part(self, upload: str, number: int, data: bytes | bytearray, sha256: str) -> Part:
@@ -188,9 +189,9 @@ class DirectoryStore:
     def uri(self, prefix: str) -> str:
         return self._path(prefix).absolute().as_uri()
 
-    def begin_parts(self, key: str) -> str:
+    def begin_parts(self, key: str, upload: str | None = None) -> str:
         self._path(key)
-        upload = parts.new_id()
+        upload = parts.check_id(upload or parts.new_id())
         FolderUpload.begin(self.root / UNFINISHED / f"{upload}.parts", upload, key)
         return upload
 
@@ -216,11 +217,11 @@ class DirectoryStore:
         limit = time.time() - stale
         awaited = set()
         for path in (self.root / UNFINISHED).iterdir():
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, UploadMissing):
                 if path.suffix == ".parts":
                     under_way = FolderUpload(path, path.stem)
                     if under_way.touched <= limit:
-                        under_way.end()
+                        self._give_up(under_way, versions)
                     else:
                         awaited.add(under_way.key)
                 elif path.is_dir():  # of an upload in parts that was just beginning
@@ -233,6 +234,14 @@ class DirectoryStore:
             location = f"{MODELS}/{folder.name}"
             if location not in versions and not any(key.startswith(f"{location}/") for key in awaited):
                 self.delete(location)
+
+    def _give_up(self, under_way: FolderUpload, versions: Collection[str]) -> None:
+        """End an upload in parts, with the file that it became if no version has it."""
+        location = "/".join(under_way.key.split("/")[:2])
+        under_way.end()
+        path = self._path(location)
+        if location.startswith(f"{MODELS}/") and location not in versions and not (path / MANIFEST).exists():
+            self.delete(location)
 
     def _upload(self, upload: str) -> FolderUpload:
         return FolderUpload(self.root / UNFINISHED / f"{parts.check_id(upload)}.parts", upload)

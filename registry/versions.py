@@ -171,6 +171,14 @@ def locations(connection: Connection) -> set[str]:
     return set(connection.execute(select(versions.c.location).where(versions.c.deleted.is_(None))).scalars())
 
 
+def at(connection: Connection, location: str) -> Version | None:
+    """The version whose objects are there."""
+    row = connection.execute(
+        select(versions).where(versions.c.location == location, versions.c.deleted.is_(None))
+    ).one_or_none()
+    return None if row is None else _version(row)
+
+
 def change(connection: Connection, identity: str, **values: Any) -> None:
     """Set `lock`, `checked` or `labels`: what is learnt about a version after its upload."""
     connection.execute(update(versions).where(versions.c.id == identity).values(**values))

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, select, text, update
 
 from registry.database import Database, now
 from registry.versions import counters
@@ -61,4 +61,29 @@ def test_as_many_may_read_at_once_as_the_service_has_threads(fresh_database: Cal
     for thread in threads:
         thread.join()
     assert seen == [0] * 40
+    database.close()
+
+
+def test_a_name_is_claimed_by_one_at_a_time_and_free_again_when_its_holder_dies(
+    fresh_database: Callable[[], str],
+) -> None:
+    url = fresh_database()
+    database = Database(url)
+    # A second service works with the same database only where that is a server.
+    other = database if database.embedded else Database(url)
+    with database.claimed("upload/1") as first, other.claimed("upload/1") as second, other.claimed("upload/2") as third:
+        assert (first, second, third) == (True, False, True)
+        with other.claimed("upload/1") as still:  # the refused one took nothing away
+            assert not still
+    with other.claimed("upload/1") as again:
+        assert again
+        if other is not database:
+            other.engine.dispose(close=False)
+            with other.read() as connection:  # as when the holder's machine goes
+                connection.execute(text("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"))
+            with database.claimed("upload/1") as free:
+                assert free
+    with database.claimed("upload/1") as at_last:
+        assert at_last
+    other.close()
     database.close()

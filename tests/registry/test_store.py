@@ -291,6 +291,20 @@ def test_what_stood_still_is_swept(store: ObjectStore) -> None:
     assert leftovers(store) == []
 
 
+def test_a_file_in_parts_that_no_version_took_is_swept_while_the_service_runs(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    for location in ("models/TAKEN", "models/KNOWN", "models/NEW"):
+        upload = store.begin_parts(f"{location}/files/a")
+        store.put_part(upload, 1, b"x", hashlib.sha256(b"x").hexdigest())
+        store.complete_parts(upload)
+    put(store, "models/NEW/manifest.json")  # its version's row came after the sweep asked for all
+    store.sweep({"models/KNOWN"}, stale=-5, alone=False)
+    assert [info.key for info in store.list("")] == [
+        "models/KNOWN/files/a", "models/NEW/files/a", "models/NEW/manifest.json",
+    ]  # fmt: skip
+    assert leftovers(store) == []
+
+
 def test_streams_of_a_service_that_died_are_swept(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     store.writer("a").write(b"half")
