@@ -26,7 +26,9 @@ class Settings:
     version: str = "0"
     metadata: dict[str, Any] = field(default_factory=dict)
     prefix: str = ""
-    """Without a slash at its end; empty for none."""
+    """Without a slash at its end; empty for none. The longest of `prefixes`."""
+    prefixes: tuple[str, ...] = ()
+    """All that are stripped, the longest first."""
     host: str = "0.0.0.0"
     port: int = 3000
     socket_fd: int | None = None
@@ -35,6 +37,8 @@ class Settings:
     max_body_bytes: int = 64 << 20
     request_seconds: float = 60.0
     token_digests: tuple[bytes, ...] = ()
+    tokens_file: Path | None = None
+    """A line for each digest; read again when it changes. While it is not there, no token is valid."""
     rtol: float = 1e-5
     atol: float = 1e-6
 
@@ -42,7 +46,8 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
         """Raises StartError `bad_setting` naming the variable."""
         model_dir = environ.get("EKIBEN_MODEL_DIR")
-        prefix = "/" + environ.get("EKIBEN_URL_PREFIX", "").strip("/")
+        given = [each.strip().strip("/") for each in environ.get("EKIBEN_URL_PREFIX", "").split(",")]
+        prefixes = tuple(sorted({f"/{each}" for each in given if each}, key=lambda each: (-len(each), each)))
         digests = [d.strip().lower() for d in environ.get("EKIBEN_INFERENCE_TOKEN_SHA256", "").split(",") if d.strip()]
         for digest in digests:
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
@@ -60,7 +65,8 @@ class Settings:
             name=environ.get("EKIBEN_MODEL_NAME") or "model",
             version=environ.get("EKIBEN_MODEL_VERSION") or "0",
             metadata=metadata,
-            prefix=prefix if prefix != "/" else "",
+            prefix=prefixes[0] if prefixes else "",
+            prefixes=prefixes,
             host=environ.get("EKIBEN_HOST") or "0.0.0.0",
             port=int(_number(environ, "EKIBEN_PORT", 3000, 0, 65535)),
             socket_fd=_descriptor(environ, "EKIBEN_SOCKET_FD"),
@@ -69,6 +75,7 @@ class Settings:
             max_body_bytes=int(_number(environ, "EKIBEN_MAX_BODY_BYTES", 64 << 20, 1, 1 << 50)),
             request_seconds=_number(environ, "EKIBEN_REQUEST_SECONDS", 60.0, 0.001, 86400),
             token_digests=tuple(bytes.fromhex(d) for d in digests),
+            tokens_file=Path(named) if (named := environ.get("EKIBEN_INFERENCE_TOKENS_FILE")) else None,
             rtol=_number(environ, "EKIBEN_GOLDEN_RTOL", 1e-5, 0, 1e300),
             atol=_number(environ, "EKIBEN_GOLDEN_ATOL", 1e-6, 0, 1e300),
         )

@@ -17,9 +17,10 @@ import time
 from bentos.serving.about import SCOPE_KEY, Served
 from bentos.serving.problems import App, Message, Problem, Receive, Scope, Send, send_problem, translated
 from bentos.serving.settings import Settings
+from bentos.serving.tokens import TokensFile
 
 _PROBES = frozenset({"/livez", "/readyz"})
-_OPEN_INSIDE = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
+_OPEN_INSIDE = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/metadata"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _logger = logging.getLogger("ekiben.request")
 
@@ -35,7 +36,8 @@ class Wrapper:
             (b"ekiben-model", served.name.encode("latin-1", "replace")),
             (b"ekiben-version", served.version.encode("latin-1", "replace")),
         ]
-        self._prefix = settings.prefix
+        self._prefixes = settings.prefixes
+        self._tokens = TokensFile(settings.tokens_file) if settings.tokens_file is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,13 +62,14 @@ class Wrapper:
         scope[SCOPE_KEY] = self.served
         inside = True
         path: str = scope["path"]
-        if self._prefix and path.startswith(self._prefix):
-            rest = path[len(self._prefix) :]
-            if not rest or rest[0] == "/":
+        for prefix in self._prefixes:
+            rest = path[len(prefix) :]
+            if path.startswith(prefix) and (not rest or rest[0] == "/"):
                 inside = False
                 path = rest or "/"
                 scope["path"] = path
                 scope["raw_path"] = path.encode("utf-8", "surrogateescape")
+                break
         refusal = self._refusal(path, inside, length, authorization)
         if refusal is not None:
             problem, headers = refusal
@@ -114,8 +117,8 @@ class Wrapper:
         return None
 
     def _guarded(self, path: str, inside: bool) -> bool:
-        """Probes and the unprefixed metrics are for the platform, which holds no token."""
-        if not self.settings.token_digests or path in _PROBES:
+        """Probes, and metrics and metadata without a prefix, are for the platform, which holds no token."""
+        if (not self.settings.token_digests and self._tokens is None) or path in _PROBES:
             return False
         return not (inside and path in _OPEN_INSIDE)
 
@@ -125,7 +128,8 @@ class Wrapper:
             return False
         presented = hashlib.sha256(token.strip()).digest()
         # every digest is compared, so that the time tells nothing about which of them came near
-        return any([hmac.compare_digest(presented, known) for known in self.settings.token_digests])  # noqa: C419
+        valid = (*self.settings.token_digests, *(self._tokens.digests() if self._tokens is not None else ()))
+        return any([hmac.compare_digest(presented, known) for known in valid])  # noqa: C419
 
     def _expire(self, exchange: _Exchange, seconds: float) -> None:
         # the prediction may sit in a thread that cannot be stopped: answer now, and drop what it says later

@@ -212,6 +212,33 @@ def test_the_prefix_is_stripped_and_unprefixed_paths_are_served_too(running: Any
     assert "/metrics" not in spec["paths"]  # not routed there
 
 
+def test_of_two_prefixes_the_longer_is_stripped_first(starting: Any, churn: Path) -> None:
+    served = starting(_lightgbm(churn, EKIBEN_URL_PREFIX="/inference,/inference/churn")).ready()
+    for path in ("/inference/churn/health", "/inference/health", "/health"):
+        assert served.client.get(path).status_code == 200, path
+    _problem(served.client.get("/inference/other/health"), 404, "not_found")
+    assert served.client.get("/inference/docs.json").json()["servers"] == [{"url": "/inference/churn"}]
+
+
+def test_tokens_of_a_file_hold_as_soon_as_it_is_written(starting: Any, churn: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sha256"
+    served = starting(_lightgbm(churn, EKIBEN_INFERENCE_TOKENS_FILE=str(file), EKIBEN_URL_PREFIX="/inference")).ready()
+
+    def answer(path: str = "/health") -> int:
+        status: int = served.client.get(path, headers={"authorization": "Bearer late"}).status_code
+        return status
+
+    assert answer() == 401  # no file, no way in
+    assert served.client.get("/metadata").status_code == 200  # without a prefix it is the platform's
+    assert served.client.get("/inference/metadata").status_code == 401
+    file.write_text(hashlib.sha256(b"late").hexdigest() + "\n")
+    while answer() != 200:
+        time.sleep(0.05)
+    file.unlink()
+    while answer() != 401:
+        time.sleep(0.05)
+
+
 def test_every_answer_names_its_version(running: Any) -> None:
     for path in ("/livez", "/health", "/inference/churn/metadata", "/nowhere", "/predict"):
         response = running.client.get(path, headers=TOKEN)
