@@ -92,10 +92,12 @@ class BuildLogs:
                 self._look.set()
 
     def restart(self, build: str, attempt: int) -> None:
-        """The attempt is made once more: what was kept of it before is no longer true."""
+        """The attempt begins: what is kept under its number or a later one is of an earlier series of attempts."""
         with self._lock:
-            self._open.pop((build, attempt), None)
-        self._store.delete(f"builds/{build}/{attempt}/log")
+            for key in [key for key in self._open if key[0] == build and key[1] >= attempt]:
+                del self._open[key]
+        for stale in {number for number in self._attempts(build) if number >= attempt}:
+            self._store.delete(f"builds/{build}/{stale}")
 
     def stages(self, build: str, attempt: int) -> list[dict[str, Any]]:
         """What the steps said that they are doing."""
@@ -115,7 +117,7 @@ class BuildLogs:
         attempt, number, step = 0, 0, ""
         while True:
             if attempt == 0:
-                attempt = self._newest(build)
+                attempt = max(self._attempts(build), default=0)
             ended = attempt > 0 and self._exists(f"builds/{build}/{attempt}/log/end")  # asked before reading
             try:
                 if attempt == 0:
@@ -136,9 +138,9 @@ class BuildLogs:
                 if said:
                     yield said
 
-    def _newest(self, build: str) -> int:
-        attempts = [info.key.split("/")[2] for info in self._store.list(f"builds/{build}/")]
-        return max((int(text) for text in attempts if text.isdigit()), default=0)
+    def _attempts(self, build: str) -> list[int]:
+        found = [info.key.split("/")[2] for info in self._store.list(f"builds/{build}/")]
+        return [int(text) for text in found if text.isdigit()]
 
     def _exists(self, key: str) -> bool:
         try:

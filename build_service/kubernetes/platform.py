@@ -104,7 +104,6 @@ class KubernetesPlatform:
         if job is not None:
             self._cluster.delete("Job", job)
         prefix = f"builds/{order.id}/{order.attempt}"
-        self._store.delete(f"{prefix}/result.json")
         self._logs.restart(order.id, order.attempt)
         location = order.version.location
         urls = {
@@ -275,16 +274,16 @@ class KubernetesPlatform:
         for pod in pods:
             if _ready(pod):
                 ready[_revision(pod)] = ready.get(_revision(pod), 0) + 1
-        if _rolled(live):
-            known, checked = self._outcome(deployment, newest, pods)
-            count = min(live["status"]["readyReplicas"], ready.get(newest, 0)) if known else 0
-            return replace(seen, revision=newest, ready=count, checked=checked)
+        rolled = _rolled(live)
         others = {revision: count for revision, count in ready.items() if revision != newest}
-        if others:
+        if others and not rolled:
             revision = max(others, key=lambda each: (others[each], each))
             seen = replace(seen, revision=revision, ready=others[revision])
         elif ready.get(newest):
-            seen = replace(seen, revision=newest, ready=ready[newest])
+            known, checked = self._outcome(deployment, newest, pods)
+            seen = replace(seen, revision=newest, ready=ready[newest] if known else 0, checked=checked)
+        if rolled:
+            return seen
         return self._with_reason(seen, deployment, live, [pod for pod in pods if _revision(pod) == newest])
 
     def observe_all(self) -> dict[str, Observed]:
