@@ -110,7 +110,7 @@ def _serving_pod(order: RevisionOrder, settings: Settings, kind_memory: str) -> 
         "livenessProbe": _probe("/livez", period=10, failures=6, timeout=5),
         "lifecycle": {"preStop": {"sleep": {"seconds": _PRE_STOP_SECONDS}}},
         "terminationMessagePath": "/dev/termination-log",
-        "terminationMessagePolicy": "File",
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": _CONTAINER_SECURITY,
     }
     spread = {
@@ -304,7 +304,7 @@ def _build_pod(order: BuildOrder, settings: Settings, spec_url: str, result_url:
                 "limits": {"memory": f"{settings.build_memory // MIB}Mi"},
             },
             "terminationMessagePath": "/dev/termination-log",
-            "terminationMessagePolicy": "File",
+            "terminationMessagePolicy": "FallbackToLogsOnError",
             "securityContext": _CONTAINER_SECURITY,
         }
 

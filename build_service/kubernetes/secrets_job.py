@@ -16,7 +16,7 @@ import os
 import secrets
 import ssl
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,6 @@ import bcrypt
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _SEED = "ekiben-seed"
 _SECONDS = 30
-
-Create = Callable[[str, dict[str, object]], bool]
-"""(namespace, Secret) → whether it was made; False: there is one already."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +46,20 @@ def main() -> int:
     )
     for name, default in vars(Places()).items():
         parser.add_argument(f"--{name}", default=default)
+    parser.add_argument(
+        "--account", type=Path, default=_ACCOUNT, help="folder of the ServiceAccount's token and ca.crt"
+    )
     given = vars(parser.parse_args())
-    file: Path = given.pop("seed")
+    file, account = given.pop("seed"), given.pop("account")
     places = Places(**given)
     seed = file.read_bytes() if file.is_file() else None
     if seed is None:
         seed = secrets.token_hex(32).encode()
-        if not _create(places.namespace, _secret(_SEED, {"seed": seed.decode()})):
+        if not _create(account, places.namespace, _secret(_SEED, {"seed": seed.decode()})):
             print("the Secret ekiben-seed was made by another run: the next one gets it", file=sys.stderr)
             return 1
     for namespace, secret in wanted(seed, places):
-        made = _create(namespace, secret)
+        made = _create(account, namespace, secret)
         print(f"{namespace}/{secret['metadata']['name']}: {'made' if made else 'is there'}")  # type: ignore[index]
     return 0
 
@@ -103,13 +103,16 @@ def _secret(name: str, values: Mapping[str, str], kind: str = "Opaque") -> dict[
     }
 
 
-def _create(namespace: str, secret: dict[str, object]) -> bool:
-    """By the API itself: the whole client takes longer to import than all of this takes to run."""
-    trust = ssl.create_default_context(cafile=str(_ACCOUNT / "ca.crt"))
+def _create(account: Path, namespace: str, secret: dict[str, object]) -> bool:
+    """Whether it was made; False: there is one already.
+
+    By the API itself: importing the client takes longer than all of this takes to run.
+    """
+    trust = ssl.create_default_context(cafile=str(account / "ca.crt"))
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"])
     connection = http.client.HTTPSConnection(host, port, timeout=_SECONDS, context=trust)
     try:
-        headers = {"Authorization": f"Bearer {(_ACCOUNT / 'token').read_text()}", "Content-Type": "application/json"}
+        headers = {"Authorization": f"Bearer {(account / 'token').read_text()}", "Content-Type": "application/json"}
         connection.request("POST", f"/api/v1/namespaces/{namespace}/secrets", json.dumps(secret), headers)
         answer = connection.getresponse()
         text = answer.read(2000).decode(errors="replace")

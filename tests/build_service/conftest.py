@@ -1,4 +1,4 @@
-"""A real service as a process of its own, with a state folder of its own; environments are shared by the session."""
+"""A real service as a process of its own, with a state folder of its own; environments are shared by the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ import psutil
 import pytest
 
 DEADLINE = 240  # seconds that anything may take on a busy machine
-SHARED = ("environments", "bentos")  # caches by content: never part of what a test looks at
 
 
 @dataclass
@@ -150,18 +149,22 @@ def until_fixture() -> Callable[..., Any]:
     return until
 
 
+Caches = dict[str, Path]
+
+
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shared-caches")
-    for name in SHARED:
-        (folder / name).mkdir()
-    return folder
+def caches(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> Caches:
+    """Caches by content, never part of what a test looks at: environments are shared by all workers of the run."""
+    made = {"environments": run_folder / "environments", "bentos": tmp_path_factory.mktemp("bentos")}
+    for folder in made.values():
+        folder.mkdir(exist_ok=True)
+    return made
 
 
-def _home(folder: Path, shared: Path) -> Home:
+def _home(folder: Path, caches: Caches) -> Home:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SHARED:
-        (folder / name).symlink_to(shared / name)
+    for name, place in caches.items():
+        (folder / name).symlink_to(place)
     return Home(folder)
 
 
@@ -173,17 +176,17 @@ def _end(homes: list[Home]) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path, shared: Path) -> Iterator[Home]:
+def home(tmp_path: Path, caches: Caches) -> Iterator[Home]:
     """A state folder of this test's own; whatever runs in it is gone at the end, or the test fails."""
-    made = _home(tmp_path / "home", shared)
+    made = _home(tmp_path / "home", caches)
     yield made
     _end([made])
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Home]:
+def server(tmp_path_factory: pytest.TempPathFactory, caches: Caches) -> Iterator[Home]:
     """A running service for the tests of one file that do not disturb each other."""
-    made = _home(tmp_path_factory.mktemp("server") / "home", shared)
+    made = _home(tmp_path_factory.mktemp("server") / "home", caches)
     made.start()
     yield made
     _end([made])

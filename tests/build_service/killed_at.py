@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from build_service import __main__, api, intake, local, projection, reconciler, routes, state
-from registry import store, versions
+from registry import shelf, store, versions
 
 Condition = Callable[..., bool]
 
@@ -78,6 +78,11 @@ BOUNDARIES: dict[str, tuple[Any, str, str, Condition]] = {
     "before-mlflow": (projection.Projection, "_command", "before", always),
     "mlflow-has-it": (projection.Projection, "_command", "after", always),
 }
+SWEEP: dict[str, tuple[Any, str, str, Condition]] = {  # once there is something that nobody needs
+    "sweep-renamed": (shelf, "delete", "before", always),
+    "sweep-half-deleted": (os, "unlink", "after", lambda *a, **o: o.get("dir_fd") is not None),
+    "sweep-record-left": (shelf, "rename", "after", lambda place, *a, **o: place.name == "bentos"),
+}
 STAGES = ("fetch", "resolve", "environment", "bento")
 
 
@@ -121,8 +126,8 @@ def die_in_stage(stage: str) -> None:
 
 if __name__ == "__main__":
     boundary = sys.argv[1]
-    if boundary in BOUNDARIES:
-        wrap(*BOUNDARIES[boundary])
+    if boundary in BOUNDARIES | SWEEP:
+        wrap(*(BOUNDARIES | SWEEP)[boundary])
     else:
         die_in_stage(boundary.removeprefix("build-in-"))
     sys.argv = ["ekiben-server"]

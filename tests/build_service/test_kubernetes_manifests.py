@@ -57,9 +57,13 @@ def container(obj: dict[str, Any]) -> dict[str, Any]:
 def everything(wanted: RevisionOrder, using: Settings) -> list[dict[str, Any]]:
     name = wanted.deployment
     return [
-        manifests.deployment(wanted, using, "512Mi"), manifests.service(name, using), manifests.model_policy(name, using),
-        manifests.disruption_budget(name, using), routes.route(name, using), routes.default_route(name, using),
-    ]  # fmt: skip
+        manifests.deployment(wanted, using, "512Mi"),
+        manifests.service(name, using),
+        manifests.model_policy(name, using),
+        manifests.disruption_budget(name, using),
+        routes.route(name, using),
+        routes.default_route(name, using),
+    ]
 
 
 def test_a_deployment_runs_the_image_by_digest_from_where_nodes_pull() -> None:

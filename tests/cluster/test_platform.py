@@ -221,6 +221,7 @@ def test_a_process_that_ends_again_and_again_is_a_failure(place: Place, name: st
     failure = place.failure(place.order(name, 1, behave="crash"))
     assert failure.code == "serving_crashed"
     assert "exit code 3" in failure.message
+    assert "about to fall" in failure.message  # its last words
 
 
 def test_an_image_that_is_gone_is_told_so(place: Place, name: str) -> None:
