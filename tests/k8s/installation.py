@@ -1,6 +1,6 @@
 """The overlay `test` on a cluster of tests/cluster: images made and pushed, applied, everything Ready.
 
-    python -m tests.k8s.installation [--root FOLDER]
+python -m tests.k8s.installation [--root FOLDER]
 """
 
 from __future__ import annotations
