@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 from tests.cluster import cluster as clusters
 from tests.cluster import images
 from tests.cluster.cluster import Cluster, Registry
+from tests.k8s.installation import Installation, Trained, install
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,6 +63,42 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 def python_image(cluster: Cluster) -> str:
     """Debian with Python 3.11, in the cluster's registry; the reference that nodes pull."""
     return images.push(images.base_image(), f"{cluster.registry.push}/debian:python3.11")
+
+
+@pytest.fixture(scope="session")
+def installed(cluster: Cluster) -> Iterator[Installation]:
+    """The overlay `test` on the cluster, with the images of this checkout, everything Ready, and a token of its own.
+
+    `EKIBEN_E2E_INSTALLED=1` says that it is there already, as `python -m tests.k8s.installation` left it.
+    """
+    if not os.environ.get("EKIBEN_E2E_INSTALLED"):
+        install(cluster)
+    made = Installation.of(cluster)
+    yield made
+    made.http.close()
+
+
+@pytest.fixture(scope="session")
+def churn(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Trained]:
+    """Two LightGBM models of one schema that give different answers for the same rows."""
+    import lightgbm
+    import numpy as np
+
+    columns = ["age", "income", "visits"]
+    made = []
+    for seed in (1, 2):
+        table = np.random.default_rng(seed).normal(size=(200, 3))
+        data = lightgbm.Dataset(table, (table[:, seed] > 0).astype(float), feature_name=columns)
+        settings = {"objective": "binary", "verbose": -1, "seed": seed, "num_leaves": 7, "num_threads": 1}
+        booster = lightgbm.train(settings, data, 20)
+        file = tmp_path_factory.mktemp("churn") / f"churn-v{seed}.txt"
+        booster.save_model(file)
+        rows = np.random.default_rng(7).normal(size=(5, 3))
+        named = [dict(zip(columns, row, strict=True)) for row in rows.tolist()]
+        made.append(Trained(file, named, np.asarray(booster.predict(rows)).tolist()))
+    first, second = made
+    assert first.outputs != second.outputs
+    return made
 
 
 def need_what_a_cluster_needs() -> None:

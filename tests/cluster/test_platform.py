@@ -28,6 +28,7 @@ from registry.store import DirectoryStore
 from registry.versions import Version
 from tests.cluster import images
 from tests.cluster.cluster import Cluster
+from tests.cluster.workloads import eventually
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -375,12 +376,3 @@ def call(place: Place, path: str, version: str | None = None) -> dict[str, Any] 
 def proxied(place: Place, name: str, path: str) -> str:
     pod = place.pods(name)[0]["metadata"]["name"]
     return f"/api/v1/namespaces/{place.settings.models_namespace}/pods/{pod}:3000/proxy/{path}"
-
-
-def eventually(ask: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        if (found := ask()) is not None:
-            return found
-        time.sleep(0.2)
-    raise AssertionError("it never came")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from tests.cluster.cluster import Cluster
+
+T = TypeVar("T")
 
 _SERVER = """
 import http.server, os
@@ -84,11 +86,12 @@ def get(url: str, headers: dict[str, str] | None = None) -> str:
     return answer.text if answer.status_code == 200 else ""
 
 
-def eventually(ask: Callable[[], str], seconds: float = 30) -> str:
+def eventually(ask: Callable[[], T | None], seconds: float = 60) -> T:
     """The first answer that is not empty."""
     end = time.monotonic() + seconds
     while not (answer := ask()):
-        assert time.monotonic() < end, f"no answer in {seconds:g} s"
+        if time.monotonic() > end:
+            raise TimeoutError(f"no answer in {seconds:g} s")
         time.sleep(0.1)
     return answer
 

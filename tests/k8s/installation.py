@@ -1,4 +1,4 @@
-"""The overlay `test` on a cluster of tests/cluster: images made and pushed, applied, everything Ready.
+"""The overlay `test` on a cluster of tests/cluster: images made and pushed, applied, everything Ready; and its use.
 
 python -m tests.k8s.installation [--root FOLDER]
 """
@@ -10,13 +10,126 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 from tests.cluster import cluster
+from tests.cluster.workloads import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACES = ("ekiben", "ekiben-builds", "ekiben-models")
+HOST = "localhost"
+"""EKIBEN_INGRESS_HOST of the overlay: calls to the ingress' address bear it in their header Host."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained here: its file, rows, and what it gives for them."""
+
+    file: Path
+    rows: Sequence[Any]
+    outputs: Sequence[Any]
+
+    @property
+    def sample(self) -> dict[str, Any]:
+        """The field `sample` of an upload: serving must give the same."""
+        return {"inputs": self.rows, "outputs": self.outputs}
+
+
+@dataclass
+class Installation:
+    """An installation on a cluster, and a token of its own. `url` is the ingress'; `http` adds host and token."""
+
+    cluster: cluster.Cluster
+    token: str
+    http: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        headers = {"Host": HOST, "Authorization": f"Bearer {self.token}"}
+        self.http = httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=120)
+
+    @classmethod
+    def of(cls, target: cluster.Cluster, user: str = "tests") -> Installation:
+        """What `install` made, with a new token."""
+        made = cls(target, new_token(target, user))
+        eventually(lambda: made.http.get("/readyz").status_code == 200, seconds=120)
+        return made
+
+    @property
+    def url(self) -> str:
+        return self.cluster.ingress_url
+
+    def call(self, method: str, path: str, **options: Any) -> Any:
+        """The answer's JSON; AssertionError with the body where it is an error."""
+        answer = self.http.request(method, path, **options)
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json() if answer.content else None
+
+    def push(self, file: Path, name: str, *, wait: float = 0, **fields: Any) -> dict[str, Any]:
+        """POST /models: the version. Fields that are no text are sent as JSON."""
+        form = {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
+        with file.open("rb") as stream:
+            sent = {"file": (file.name, stream)}
+            path = f"/models?wait={wait:g}" if wait else "/models"
+            found = self.call("POST", path, files=sent, data={"name": name, **form}, timeout=120 + wait)
+        return dict(found)
+
+    def version(self, name: str, number: int) -> dict[str, Any]:
+        return dict(self.call("GET", f"/models/{name}/versions/{number}"))
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        return dict(self.call("GET", f"/deployments/{name}"))
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Newest first."""
+        return list(self.call("GET", f"/deployments/{name}/events")["items"])
+
+    def live(self, name: str, version: int | None = None, seconds: float = 300) -> dict[str, Any]:
+        """The deployment, once that version (any) is live and a replica is ready; a failure is told with its events."""
+
+        def look() -> dict[str, Any] | None:
+            answer = self.http.get(f"/deployments/{name}")
+            if answer.status_code != 200:
+                return None
+            row = dict(answer.json())
+            wanted = version is None or row["target"]["version"] == version
+            if row["state"] == "live" and row["ready"] and wanted:
+                return row
+            number = version if version is not None else row["wanted"]["version"]
+            state = self.version(row["target"]["model"], number)
+            assert state["state"] not in ("failed", "rolled_back"), self.story(name, state)
+            return None
+
+        try:
+            return dict(eventually(look, seconds=seconds))
+        except TimeoutError as error:
+            raise AssertionError(f"{name} is not live: {error}; {self.story(name)}") from None
+
+    def story(self, name: str, version: Mapping[str, Any] | None = None) -> str:
+        """What a deployment has to say for itself."""
+        told = {"version": version, "deployment": self.http.get(f"/deployments/{name}").json()}
+        told["events"] = self.http.get(f"/deployments/{name}/events").json()
+        pods = self.cluster.kubectl("get", "pods", "-A", "-o", "wide")
+        return json.dumps(told, indent=1) + "\n" + pods
+
+    def predict(self, name: str, rows: Sequence[Any]) -> httpx.Response:
+        return self.http.post(f"/inference/{name}/predict", json={"inputs": list(rows)})
+
+    def remove(self, name: str) -> None:
+        """Delete the deployment and the model, where they are there."""
+        for path in (f"/deployments/{name}", f"/models/{name}"):
+            answer = self.http.delete(path)
+            assert answer.is_success or answer.status_code == 404, f"{path}: {answer.status_code} {answer.text}"
+
+
+def new_token(target: cluster.Cluster, user: str) -> str:
+    """As the README makes one."""
+    command = ["ekiben-server", "token", "create", user]
+    return target.kubectl("-n", "ekiben", "exec", "deploy/ekiben", "--", *command).split()[-1]
 
 
 def install(target: cluster.Cluster, settings: Mapping[str, str] | None = None) -> None:
