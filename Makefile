@@ -5,9 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
+PLATFORM ?= local
+OVERLAY ?= k8s/overlays/dev
+IMAGES ?=
 LOCKS := $(wildcard bentos/*/requirements.in)
 
-.PHONY: help setup demo up down cluster-up cluster-down e2e test test-all lint lock openapi train examples bench bench-build bench-upload bench-serve clean
+.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all lint lock openapi train examples bench bench-build bench-upload bench-serve clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,11 +30,16 @@ $(VENV)/.ready: requirements.lock pyproject.toml client/pyproject.toml
 demo: setup ## the whole way of a model, on this machine, in about a minute
 	@$(BIN)/python -m scripts.demo
 
-up: setup ## start the service in the background (http://localhost:8000)
-	@$(BIN)/ekiben up
+ON_KUBERNETES := $(filter kubernetes,$(PLATFORM))
 
-down: setup ## stop it
-	@$(BIN)/ekiben down
+up: setup ## start the service in the background; PLATFORM=kubernetes: on the cluster of your kubeconfig
+	@$(BIN)/$(if $(ON_KUBERNETES),python -m scripts.kubernetes up --overlay $(OVERLAY) $(addprefix --images ,$(IMAGES)) $(ARGS),ekiben up)
+
+down: setup ## stop it (PLATFORM=kubernetes likewise)
+	@$(BIN)/$(if $(ON_KUBERNETES),python -m scripts.kubernetes down --overlay $(OVERLAY) $(ARGS),ekiben down)
+
+images: setup ## the images of a cluster's parts (ARGS="--push HOST:PORT"; default: layouts in .images)
+	@$(BIN)/python -m scripts.images $(ARGS)
 
 test: setup ## every test that needs no root and no server from outside
 	@$(BIN)/python -m pytest $(ARGS)

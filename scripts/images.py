@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+import yaml
+
 from builder_image import base as bases
 from builder_image import bento, layers, lock, packing, remote, staging, tarball
 from builder_image.image import Image, Platform, Run, assemble
@@ -42,6 +44,8 @@ LOCKS = ROOT / "containerfiles"
 BASE = "default"
 MADE = "localhost:5000"
 """Where k8s/images/made looks for the images that this program pushes."""
+NAMES = ROOT / "k8s" / "images" / "kustomization.yaml"
+"""The names of images that overlays use where they name no other: public ones, where there are any."""
 PYTHON = f"/{staging.VENV}/bin/python"
 SOURCES = "app/src"
 _PATH = f"/app/bin:/{staging.VENV}/bin:/usr/local/bin:/usr/bin:/bin"
@@ -281,9 +285,11 @@ def _deliver(image: Image, name: str, output: Path | None, options: argparse.Nam
 def _kustomize(folder: Path, overlay: Path, refs: Mapping[str, str]) -> None:
     """An overlay of `overlay` in which the images are the ones just pushed, by digest. JSON is YAML."""
     folder.mkdir(parents=True, exist_ok=True)
+    usual = {each["name"]: each["newName"] for each in yaml.safe_load(NAMES.read_text())["images"]}
     pinned = [
-        {"name": f"{MADE}/ekiben-{name}", "newName": ref.partition("@")[0], "digest": ref.partition("@")[2]}
+        {"name": place, "newName": ref.partition("@")[0], "digest": ref.partition("@")[2]}
         for name, ref in refs.items()
+        for place in dict.fromkeys((f"{MADE}/ekiben-{name}", usual.get(name, f"{MADE}/ekiben-{name}")))
     ]
     fields = "fields.yaml"
     shutil.copyfile(ROOT / "k8s" / "images" / fields, folder / fields)
