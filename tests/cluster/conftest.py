@@ -20,6 +20,7 @@ import pytest
 from tests.cluster import cluster as clusters
 from tests.cluster import images
 from tests.cluster.cluster import Cluster, Registry
+from tests.cluster.pages import Shell
 from tests.k8s.installation import Installation, Trained, install
 
 
@@ -76,6 +77,13 @@ def installed(cluster: Cluster) -> Iterator[Installation]:
     made = Installation.of(cluster)
     yield made
     made.http.close()
+
+
+@pytest.fixture(scope="module")
+def shell(installed: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    made = Shell(installed, tmp_path_factory.mktemp("shell"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

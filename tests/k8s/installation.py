@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,6 @@ from tests.cluster import cluster
 from tests.cluster.workloads import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMESPACES = ("ekiben", "ekiben-builds", "ekiben-models")
 HOST = "localhost"
 """EKIBEN_INGRESS_HOST of the overlay: calls to the ingress' address bear it in their header Host."""
 
@@ -134,15 +134,25 @@ def new_token(target: cluster.Cluster, user: str) -> str:
 
 def install(target: cluster.Cluster, settings: Mapping[str, str] | None = None) -> None:
     """Bring the installation to this checkout; `settings` are laid over those of the overlay."""
-    with tempfile.TemporaryDirectory(prefix="ekiben-site-") as work:
-        site = Path(work)
-        push_images(target, site)
-        add_settings(site, {**surroundings(target), **(settings or {})})
-        for name in NAMESPACES:
-            target.apply(namespace(name))
-        target.apply(authorities(target))
-        target.kubectl("apply", "--server-side", "--kustomize", str(site))
-    ready(target)
+    site = site_of(target)
+    push_images(target, site)
+    (site / "authorities.yaml").write_text(json.dumps(authorities(target)))
+    complete(site, {**surroundings(target), **(settings or {})})
+    command = [sys.executable, "-m", "scripts.kubernetes", "up", "--overlay", str(site)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(target), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def site_of(target: cluster.Cluster) -> Path:
+    """The folder of the overlay that is applied: `test`, pinned images, this machine's way out."""
+    return (target.root or Path(tempfile.gettempdir())) / "ekiben-site"
+
+
+def environment(target: cluster.Cluster) -> dict[str, str]:
+    """A shell in which `kubectl` and `make up PLATFORM=kubernetes` mean this cluster and its overlay."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith(("EKIBEN_", "MAKE"))}
+    path = f"{Path(sys.executable).parent}:{target.kubectl_program.parent}:{os.environ['PATH']}"
+    return found | {"PATH": path, "KUBECONFIG": str(target.kubeconfig), "OVERLAY": str(site_of(target))}
 
 
 def push_images(target: cluster.Cluster, site: Path) -> None:
@@ -163,9 +173,10 @@ def surroundings(target: cluster.Cluster) -> dict[str, str]:
     return {setting: found[name] for setting, name in names.items() if name in found}
 
 
-def add_settings(site: Path, settings: Mapping[str, str]) -> None:
+def complete(site: Path, settings: Mapping[str, str]) -> None:
     file = site / "kustomization.yaml"
     overlay = json.loads(file.read_text())
+    overlay["resources"].append("authorities.yaml")
     overlay["configMapGenerator"] = [
         {
             "name": "ekiben-settings",
@@ -177,10 +188,6 @@ def add_settings(site: Path, settings: Mapping[str, str]) -> None:
     file.write_text(json.dumps(overlay))
 
 
-def namespace(name: str) -> dict[str, object]:
-    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
-
-
 def authorities(target: cluster.Cluster) -> dict[str, object]:
     """The ConfigMap `ekiben-ca`: the authorities that this machine trusts, a company's proxy among them."""
     bundle = target.environment["ca_bundle"]
@@ -190,11 +197,6 @@ def authorities(target: cluster.Cluster) -> dict[str, object]:
         "metadata": {"name": "ekiben-ca", "namespace": "ekiben-builds"},
         "data": {"ca.crt": Path(bundle).read_text() if bundle else ""},
     }
-
-
-def ready(target: cluster.Cluster, seconds: int = 240) -> None:
-    for what in ("statefulset/postgres", "statefulset/minio", "statefulset/registry", "deploy/mlflow", "deploy/ekiben"):
-        target.kubectl("-n", "ekiben", "rollout", "status", what, f"--timeout={seconds}s", timeout=seconds + 10)
 
 
 def main() -> None:
