@@ -1,4 +1,4 @@
-"""Files that are made by a program: locks, the OpenAPI document, the README's table of figures.
+"""Files that are made by a program: locks, the OpenAPI document, the lists of errors and settings, the table of figures.
 
 python -m scripts.generated --write    make them again
 python -m scripts.generated --check    fail if one is not current
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts import errors
+from scripts import errors, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 _FIGURES = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -92,6 +92,7 @@ def _documents() -> Iterator[tuple[Path, str]]:
     ).stdout
     yield ROOT / "docs" / "openapi.json", document
     yield ROOT / "docs" / "errors.md", errors.document(ROOT)
+    yield ROOT / "docs" / "settings.md", settings.document()
     readme = ROOT / "README.md"
     yield readme, _FIGURES.sub(lambda found: found[1] + _figures() + found[2], readme.read_text())
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import certifi
 import httpx
 
 from tests.cluster import cluster
@@ -189,14 +190,18 @@ def complete(site: Path, settings: Mapping[str, str]) -> None:
 
 
 def authorities(target: cluster.Cluster) -> dict[str, object]:
-    """The ConfigMap `ekiben-ca`: the authorities that this machine trusts, a company's proxy among them."""
-    bundle = target.environment["ca_bundle"]
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": "ekiben-ca", "namespace": "ekiben-builds"},
-        "data": {"ca.crt": Path(bundle).read_text() if bundle else ""},
-    }
+    """The ConfigMaps `ekiben-ca`: the authorities that this machine trusts, a company's proxy among them."""
+    text = Path(target.environment["ca_bundle"] or certifi.where()).read_text()
+    made = [
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": "ekiben-ca", "namespace": namespace},
+            "data": {"ca.crt": text},
+        }
+        for namespace in ("ekiben", "ekiben-builds")
+    ]
+    return {"apiVersion": "v1", "kind": "List", "items": made}
 
 
 def main() -> None:

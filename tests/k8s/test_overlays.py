@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,3 +145,29 @@ def test_host_and_class_of_the_ingress_follow_the_settings(overlay: str, kubectl
     for each in ingresses:
         assert [rule["host"] for rule in each["rules"]] == [settings["EKIBEN_INGRESS_HOST"]]
         assert each["ingressClassName"] == settings["EKIBEN_INGRESS_CLASS"]
+
+
+def test_a_gateway_in_place_of_an_ingress_follows_the_settings_too(kubectl_program: str, tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    file = tmp_path / "k8s" / "overlays" / "byo" / "kustomization.yaml"
+    overlay = yaml.safe_load(file.read_text())
+    overlay["components"] = [each.replace("/ingress", "/gateway") for each in overlay["components"]]
+    file.write_text(yaml.safe_dump(overlay))
+    done = subprocess.run([kubectl_program, "kustomize", file.parent], check=True, capture_output=True, text=True)
+    objects = list(yaml.safe_load_all(done.stdout))
+    (settings,) = (each["data"] for each in objects if each["metadata"]["name"].startswith("ekiben-settings"))
+    assert settings["EKIBEN_ROUTING"] == "gateway"
+    assert [each["spec"]["hostnames"] for each in objects if each["kind"] == "HTTPRoute"] == [["ekiben.example.com"]]
+    assert not [each for each in objects if each["kind"] == "Ingress"]
+
+
+def test_authorities_of_a_company_are_trusted_by_the_service_and_by_builds(kubectl_program: str) -> None:
+    objects = objects_of(kubectl_program, "test")
+    (settings,) = (each["data"] for each in objects if each["metadata"]["name"].startswith("ekiben-settings"))
+    folder = str(Path(settings["SSL_CERT_FILE"]).parent)
+    (service,) = (each for each in objects if each["kind"] == "Deployment" and each["metadata"]["name"] == "ekiben")
+    pod = service["spec"]["template"]["spec"]
+    (volume,) = (each for each in pod["volumes"] if each.get("configMap"))
+    assert volume["configMap"]["name"] == settings["EKIBEN_CA_CONFIGMAP"]
+    for container in containers_of(pod):
+        assert [each["mountPath"] for each in container["volumeMounts"] if each["name"] == volume["name"]] == [folder]
