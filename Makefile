@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
+WORKERS ?= 2
 PLATFORM ?= local
 OVERLAY ?= k8s/overlays/dev
 IMAGES ?=
 LOCKS := $(wildcard bentos/*/requirements.in)
 
-.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all lint lock openapi train examples bench bench-build bench-upload bench-serve clean
+.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all lint lock openapi train examples bench bench-build bench-upload bench-serve bench-cluster clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,8 +42,8 @@ down: setup ## stop it (PLATFORM=kubernetes likewise)
 images: setup ## the images of a cluster's parts (ARGS="--push HOST:PORT"; default: layouts in .images)
 	@$(BIN)/python -m scripts.images $(ARGS)
 
-test: setup ## every test that needs no root and no server from outside
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup ## every test that needs no root and no server from outside (WORKERS=2, ARGS=…)
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
 cluster-up: setup ## a real Kubernetes of one node on this machine, from packages only (root; the first time takes long)
 	@$(BIN)/python -m tests.cluster up $(ARGS)
@@ -86,6 +87,9 @@ bench-upload: setup ## the figures of large uploads alone
 
 bench-serve: setup ## the figures of version changes alone
 	@$(BIN)/python -m benchmarks.run serve $(ARGS)
+
+bench-cluster: setup ## the figures of a real Kubernetes, which is brought up for them (root; not part of `bench`)
+	@$(BIN)/python -m benchmarks.run cluster $(ARGS)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

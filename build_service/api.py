@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, StreamingResponse
 
-from build_service import identity, imports, intake, metrics, shapes, state, tokens, views
+from build_service import identity, imports, intake, metrics, shapes, state, tokens, uploads, views
 from build_service.platform import Platform
 from build_service.reconciler import Reconciler
 from build_service.settings import Settings
@@ -75,6 +75,10 @@ class Service:
         self.platform, self.reconciler, self._links = platform, reconciler, links
         self._forget = forget
         self._importer = imports.Importer(settings)
+        self._limits = intake.Limits(
+            settings.max_upload, settings.max_files, settings.max_field, settings.min_free_disk, settings.root
+        )
+        self.uploads = uploads.Uploads(store, database, self._limits, local=settings.s3_endpoint is None)
 
     @property
     def links(self) -> views.Links:
@@ -86,11 +90,7 @@ class Service:
         self.reconciler.wake()
 
     def new_intake(self) -> intake.Intake:
-        settings = self.settings
-        limits = intake.Limits(
-            settings.max_upload, settings.max_files, settings.max_field, settings.min_free_disk, settings.root
-        )
-        return intake.Intake(self.store, self.kinds, limits)
+        return intake.Intake(self.store, self.kinds, self._limits)
 
     @asynccontextmanager
     async def fetched(self, taken: intake.Intake, request: Request) -> AsyncIterator[None]:
@@ -112,9 +112,10 @@ class Service:
             version = versions.by_id(connection, state.revision(connection, name, deployed.live).version_id)
         return Signature.from_json(version.signature) if version.signature else None
 
-    def register(self, upload: intake.Upload, keep: Callable[[], None]) -> tuple[shapes.VersionView, bool]:
+    def register(self, upload: intake.Upload, keep: Callable[[bool], None]) -> tuple[shapes.VersionView, bool]:
         """The version's row, its build and, if asked for, the deployment's new target: one transaction. `keep` is
-        called once it is done; a request that is cancelled later must not take the objects away."""
+        called once it is done, with whether its objects are needed; a request that is cancelled later must not take
+        them away."""
         manifest = upload.manifest
         with self.database.write() as connection:
             row, new = versions.create(
@@ -136,16 +137,42 @@ class Service:
                     connection, f"model/{row.name}", "Uploaded",
                     f"Version {row.number} ({row.kind}, {row.size} bytes) was uploaded.",
                 )  # fmt: skip
+            damaged = not new and state.is_damaged(connection, row.id)
+            if damaged:  # the same content came again, and whole
+                versions.change(connection, row.id, location=upload.location)
             build = self.submit_build(connection, row, None)
             if upload.deploy:
                 self._target(connection, row.name, row, build)
             view = views.version(connection, row, self.links)
-        keep()
-        if not new:
-            self.store.delete(upload.location)
+        keep(new or damaged)
+        if damaged:
+            self.store.delete(row.location)
         metrics.UPLOADS.labels("created" if new else "existing").inc()
         self.changed()
         return view, new
+
+    def register_parts(self, taken: intake.Intake, upload: str) -> tuple[shapes.VersionView, bool]:
+        """As `register`, for the file of an upload in parts. May be repeated until it was answered."""
+        with self.uploads.claimed(upload):
+            earlier = self.uploads.registered(upload)
+            if earlier is not None:
+                if taken.given_name not in (None, earlier.name):
+                    raise UserError(
+                        "upload_used", f"The upload became {earlier.title} already.", field="upload_id", status=409,
+                        hint="Begin a new upload; for the same file under another name too.",
+                    )  # fmt: skip
+                self.uploads.finished(upload, earlier.name, earlier.number)
+                taken.discard()
+                return self.version_view(earlier.name, earlier.number), False
+            try:
+                taken.adopt(self.uploads.complete(upload))
+                complete = taken.finish(self.live_signature, self.settings.allow_code)
+                view, new = self.register(complete, taken.keep)
+            except BaseException:
+                taken.discard()  # while nobody else has the upload
+                raise
+            self.uploads.finished(upload, view.model, view.version)
+            return view, new
 
     def submit_build(self, connection: Connection, row: versions.Version, image: dict[str, Any] | None) -> state.Build:
         image = image or identity.image_of(self.settings, row)
@@ -170,13 +197,18 @@ class Service:
             return views.version(connection, versions.find(connection, name, number), self.links)
 
     def deployment_view(self, connection: Connection, row: state.Deployment) -> shapes.DeploymentView:
-        return views.deployment(connection, row, self.platform.observe(row.name).ready, self.links)
+        return self.deployment_views(connection, [row])[0]
+
+    def deployment_views(self, connection: Connection, rows: Sequence[state.Deployment]) -> list[shapes.DeploymentView]:
+        return views.deployments(connection, rows, lambda name: self.platform.observe(name).ready, self.links)
 
 
 def router(service: Service) -> APIRouter:
     """All endpoints. They are `def` where they only ask the database: FastAPI runs those in threads."""
     api = APIRouter(responses=_ERRORS)
     database = service.database
+
+    api.include_router(uploads.router(service.uploads, service.settings.upload_idle_seconds))
 
     # --- models -----------------------------------------------------------------------------------------------------
 
@@ -187,12 +219,14 @@ def router(service: Service) -> APIRouter:
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
-                        "description": "A model: `file`, or `run_id` (and `artifact_path`) or `model_uri` of MLflow.",
+                        "description": "A model: `file`, or the `upload_id` of an upload in parts, or `run_id` (and "
+                        "`artifact_path`) or `model_uri` of MLflow.",
                         "properties": {
                             "file": {
                                 "type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
                                 "description": "The model's files, or one archive.",
                             },
+                            "upload_id": {"type": "string", "description": "An upload in parts, in place of a file."},
                             "run_id": {"type": "string", "description": "A run of MLflow, in place of a file."},
                             "artifact_path": {"type": "string", "description": "Default: the run's one model."},
                             "model_uri": {"type": "string", "description": "models:/NAME/VERSION, models:/NAME@ALIAS"},
@@ -236,9 +270,14 @@ def router(service: Service) -> APIRouter:
                 service.settings.max_upload,
                 service.settings.upload_idle_seconds,
             )
-            async with service.fetched(taken, request):
-                complete = await run_in_threadpool(taken.finish, service.live_signature, service.settings.allow_code)
-            view, new = await run_in_threadpool(service.register, complete, taken.keep)
+            if (in_parts := taken.upload_id()) is not None:
+                view, new = await run_in_threadpool(service.register_parts, taken, in_parts)
+            else:
+                async with service.fetched(taken, request):
+                    complete = await run_in_threadpool(
+                        taken.finish, service.live_signature, service.settings.allow_code
+                    )
+                view, new = await run_in_threadpool(service.register, complete, taken.keep)
         except BaseException as error:
             # A cancelled request or a client that went away too: nothing of it stays.
             await asyncio.shield(run_in_threadpool(taken.discard))
@@ -246,14 +285,13 @@ def router(service: Service) -> APIRouter:
             raise
         response.status_code = 201 if new else 200
         if wait:
-            view = await _settled(service, request, view, wait, deployed=complete.deploy)
+            view = await _settled(service, request, view, wait, deployed=taken.deploys)
         return view
 
     @api.get("/models", tags=["models"], operation_id="list_models")
     def models() -> shapes.Page[shapes.ModelView]:
         with database.read() as connection:
-            items = [views.model(connection, name, service.links) for name in versions.names(connection)]
-        return shapes.Page(items=items)
+            return shapes.Page(items=views.models(connection, service.links))
 
     @api.get("/models/{name}", tags=["models"], operation_id="list_versions")
     def model_versions(name: str) -> shapes.Page[shapes.VersionView]:
@@ -342,7 +380,7 @@ def router(service: Service) -> APIRouter:
     ) -> shapes.Page[shapes.BuildView]:
         with database.read() as connection:
             rows = state.builds_page(connection, after, limit)
-            items = [views.build(connection, row, service.links) for row in rows]
+            items = views.builds(connection, rows, service.links)
         return shapes.Page(items=items, next=repr(rows[-1].created) if len(rows) == limit else None)
 
     @api.get("/builds/{build_id}", tags=["builds"], operation_id="get_build")
@@ -376,7 +414,7 @@ def router(service: Service) -> APIRouter:
     def deployments() -> shapes.Page[shapes.DeploymentView]:
         with database.read() as connection:
             rows = state.all_deployments(connection)
-            return shapes.Page(items=[service.deployment_view(connection, row) for row in rows])
+            return shapes.Page(items=service.deployment_views(connection, rows))
 
     @api.put("/deployments/{name}", tags=["deployments"], operation_id="put_deployment")
     def put_deployment(name: str, wanted: shapes.DeploymentRequest) -> shapes.DeploymentView:
@@ -450,6 +488,15 @@ def router(service: Service) -> APIRouter:
                     "version_deleted", f"Revision {old.number} served {version.title}, which was deleted.",
                     field="revision", status=409,
                 )  # fmt: skip
+            if old.state == state.DROPPED:
+                raise UserError(
+                    "revision_dropped",
+                    f"Revision {old.number} of {name!r} is too old to return to: what it needs is kept no more.",
+                    field="revision",
+                    hint="Deploy its version anew: "
+                    f"ekiben deploy {name} --model {version.name} --version {version.number}",
+                    status=409,
+                )
             made = state.target(connection, name, old.version_id, old.build_id, rollback_of=row.live or row.desired)
             state.record(
                 connection, f"deployment/{name}", "RollbackAsked",

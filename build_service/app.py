@@ -20,9 +20,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import select
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from build_service import VERSION, api, guard, migrate, problems, processes, state, storage, tokens, views
+from build_service import VERSION, api, cleanup, guard, migrate, problems, processes, state, storage, tokens, views
 from build_service.local import LocalPlatform
-from build_service.platform import Platform
+from build_service.platform import InUse, Platform
 from build_service.projection import Projection
 from build_service.reconciler import Reconciler
 from build_service.remembered import Remembered
@@ -36,6 +36,7 @@ from registry.store import ObjectStore
 
 log = structlog.get_logger(__name__)
 
+_LOOP_PATIENCE = 5.0  # seconds that the control loop waits for a store that is away
 STATE_FORMAT = 1  # of the state folder; a service refuses a folder of a newer one
 
 
@@ -76,7 +77,8 @@ def create_app(settings: Settings, *, port: int) -> Application:
     reconciler = Reconciler(settings, database, platform, owner)
     waker.append(reconciler.wake)
     projection = Projection(database, root, store, settings.tracking_uri) if settings.mlflow else None
-    sweeper = storage.Sweeper(settings, database, store)
+    in_use = platform.in_use if isinstance(platform, LocalPlatform) else InUse
+    sweeper = cleanup.Sweeper(settings, database, store, in_use)
     default = Remembered(lambda: _default(database))
     valid = _valid_tokens(settings, database)
     inference = Router(
@@ -127,7 +129,9 @@ def create_app(settings: Settings, *, port: int) -> Application:
         version=VERSION,
         description="Hand it a trained model; it hands you back a running, versioned endpoint.",
         lifespan=lifespan,
-        openapi_tags=[{"name": name} for name in ("models", "builds", "deployments", "kinds", "tokens", "system")],
+        openapi_tags=[
+            {"name": name} for name in ("models", "uploads", "builds", "deployments", "kinds", "tokens", "system")
+        ],
     )
     problems.install(app)
     app.include_router(api.router(service))
@@ -163,8 +167,9 @@ def _store(settings: Settings) -> tuple[ObjectStore, Place]:
         return kept, lambda _kinds, routes, wake, _tokens: LocalPlatform(settings, kept, routes, wake)
     from build_service.kubernetes.platform import KubernetesPlatform  # half a second, for those who use it
 
-    bucket = storage.bucket(settings)
-    return bucket, lambda kinds, routes, wake, tokens: KubernetesPlatform(settings, bucket, kinds, routes, wake, tokens)
+    # The loop asks again by itself, and has more to do meanwhile.
+    kept, asked = storage.bucket(settings), storage.bucket(settings, patience=_LOOP_PATIENCE)
+    return kept, lambda kinds, routes, wake, tokens: KubernetesPlatform(settings, asked, kinds, routes, wake, tokens)
 
 
 def _own_url(settings: Settings, port: int) -> str:

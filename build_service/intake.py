@@ -44,9 +44,10 @@ PROJECT = formats.project.KIND
 # Small texts that may come as a field or as a file.
 TEXT_FIELDS = (
     "name", "kind", "sample", "expected", "requirements", "python", "labels", "deploy", "force",
-    "run_id", "artifact_path", "model_uri",
+    "run_id", "artifact_path", "model_uri", "upload_id",
 )  # fmt: skip
 _ORIGIN_FIELDS = ("run_id", "artifact_path", "model_uri")
+_INSTEAD_OF_FILES = (*_ORIGIN_FIELDS, "upload_id")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,27 @@ class Limits:
     field: int
     min_free_disk: int
     folder: Path
+
+    def check_disk(self, coming: int) -> None:
+        """InfrastructureError unless the disk has room for so many bytes."""
+        free = shutil.disk_usage(self.folder).free
+        if free - coming < self.min_free_disk:
+            raise InfrastructureError(
+                "disk_full",
+                f"The disk of the state folder has {free // 2**20} MiB left.",
+                hint="Free some space, or point EKIBEN_HOME at a larger disk; then send the upload again.",
+                status=507,
+            )
+
+
+@dataclass(frozen=True)
+class Received:
+    """The file of an upload in parts, whole in the store: LOCATION/files/PATH. `sha256` in hex, if it was announced."""
+
+    location: str
+    path: str
+    size: int
+    sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +115,7 @@ class Intake:
 
     def __init__(self, store: ObjectStore, kinds: Kinds, limits: Limits) -> None:
         self._store, self._kinds, self._limits = store, kinds, limits
-        self.location = f"models/{ULID()}"
+        self.location = _new_location()
         self._files: list[File] = []
         self._paths: dict[str, str] = {}
         self._texts: dict[str, _Text] = {}
@@ -105,13 +127,13 @@ class Intake:
         self._started = time.monotonic()
         self._filename: str | None = None
         self._imported: Imported | None = None
-        self._kept = False
+        self._adopted: Received | None = None
+        self._settled = False
 
     # --- what arrives -----------------------------------------------------------------------------------------------
 
     def begin_file(self, filename: str) -> None:
-        path = filename.replace("\\", "/") if ":" in filename[:3] else filename
-        check_path(path, code="bad_filename", field="file")
+        path = file_path(filename)
         self._open(path)
         self._filename = self._filename or path
 
@@ -140,8 +162,8 @@ class Intake:
         assert self._writer is not None
         self._total += len(data)
         if self._total > self._limits.upload:
-            raise _too_large(self._limits.upload)
-        self._check_disk(len(data))
+            raise too_large(self._limits.upload)
+        self._limits.check_disk(len(data))
         self._hash.update(data)
         self._writer.write(data)
         self._size += len(data)
@@ -194,6 +216,54 @@ class Intake:
             check_name(name)
         return found
 
+    def upload_id(self) -> str | None:
+        """The upload in parts that is named in place of files."""
+        upload = self._text("upload_id")
+        if upload is not None and (self._files or any(name in self._texts for name in _ORIGIN_FIELDS)):
+            raise UserError(
+                "file_and_upload",
+                "There are both an upload in parts and a file, or a run or model of MLflow.",
+                field="upload_id",
+                hint="Name the upload alone; files that belong together go into one archive.",
+            )
+        return upload
+
+    @property
+    def deploys(self) -> bool:
+        return self._flag("deploy", True)
+
+    @property
+    def given_name(self) -> str | None:
+        return self._text("name")
+
+    def adopt(self, received: Received) -> None:
+        """A file that is in the store already becomes the version's, where it is; an archive is unpacked elsewhere, so
+        that it is whole until the version is registered."""
+        if received.size > self._limits.upload:
+            raise too_large(self._limits.upload)
+        with self._store.open(f"{received.location}/files/{received.path}") as stream:
+            packed = received.sha256 is None and archive.is_archive(stream)  # its members are hashed, and it goes
+            found = "" if packed else _sha256(stream)
+        if received.sha256 not in (None, found):
+            raise UserError(
+                "upload_digest_mismatch",
+                f"The file has SHA-256 {found}, and {received.sha256} was announced for it.",
+                field="upload_id",
+                hint="It changed while it was sent: DELETE the upload, and begin a new one.",
+            )
+        self._adopted, self.location, self._filename = received, received.location, received.path
+        self._clear_adopted()
+        self._paths[collision_key(received.path)] = received.path
+        self._files.append(File(received.path, received.size, found))
+
+    def _clear_adopted(self) -> None:
+        """Only the file stays: what another attempt to register it left goes."""
+        assert self._adopted is not None
+        file = f"{self._adopted.location}/files/{self._adopted.path}"
+        for info in list(self._store.list(f"{self._adopted.location}/")):
+            if info.key != file:
+                self._store.delete(info.key)
+
     def take(self, imported: Imported) -> None:
         """The files of a model that was fetched, as if they had been uploaded; what the user gave along wins."""
         self._imported = imported
@@ -226,16 +296,6 @@ class Intake:
         if name not in self._texts and len(value) <= self._limits.field:
             self.begin_text(name, None)
             self.write_text(name, value)
-
-    def _check_disk(self, coming: int) -> None:
-        free = shutil.disk_usage(self._limits.folder).free
-        if free - coming < self._limits.min_free_disk:
-            raise InfrastructureError(
-                "disk_full",
-                f"The disk of the state folder has {free // 2**20} MiB left.",
-                hint="Free some space, or point EKIBEN_HOME at a larger disk; then send the upload again.",
-                status=507,
-            )
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -272,7 +332,6 @@ class Intake:
             if live is not None:
                 signature.check_compatible(live, recognised.signature)
         labels = {**self._labels(), **(self._imported.labels if self._imported else {})}
-        deploy = self._flag("deploy", True)
         manifest = Manifest(
             kind=kind,
             format=recognised.format,
@@ -289,19 +348,30 @@ class Intake:
         finally:
             writer.abort()
         seconds = time.monotonic() - self._started
-        return Upload(self.location, name, manifest, recognised.signature, labels, deploy, force, seconds)
+        return Upload(self.location, name, manifest, recognised.signature, labels, self.deploys, force, seconds)
 
-    def keep(self) -> None:
-        """The version's row is written: from now on nothing may take its objects away."""
-        self._kept = True
+    def keep(self, new: bool) -> None:
+        """The version's row is written: from now on nothing may take its objects away. Where there was such a version
+        already, these are not needed."""
+        self._settled = True
+        if not new and not self._in_place:
+            self._store.delete(self.location)
 
     def discard(self) -> None:
-        """Leave nothing behind, unless it is a version already."""
-        if self._kept:
+        """Leave nothing behind, unless it is a version already; of an upload in parts the file stays, to try again."""
+        if self._settled:
             return
+        self._settled = True
         if self._writer is not None:
             self._writer.abort()
-        self._store.delete(self.location)
+        if self._in_place:
+            self._clear_adopted()
+        else:
+            self._store.delete(self.location)
+
+    @property
+    def _in_place(self) -> bool:
+        return self._adopted is not None and self._adopted.location == self.location
 
     def _open_stored(self, path: str) -> BinaryIO:
         return self._store.open(f"{self.location}/files/{path}")
@@ -345,13 +415,15 @@ class Intake:
             if not archive.is_archive(stream):
                 return
             self._files, self._paths, self._total = [], {}, 0
+            if self._adopted is not None:
+                self.location = _new_location()
             limits = archive.Limits(files=self._limits.files, total=self._limits.upload)
             for member in archive.members(stream, limits, strip_top=True):
                 self._open(member.path)
                 while chunk := member.reader.read(_CHUNK):
                     self.write(chunk)
                 self.end_file()
-        if collision_key(only.path) not in self._paths:
+        if self._adopted is None and collision_key(only.path) not in self._paths:
             self._store.delete(f"{self.location}/files/{only.path}")
 
     def _samples(self, generic: bool) -> tuple[Any, Any]:
@@ -498,7 +570,24 @@ def _finite(text: str) -> float:
     return value
 
 
-def _too_large(limit: int) -> UserError:
+def _new_location() -> str:
+    return f"models/{ULID()}"
+
+
+def _sha256(stream: BinaryIO) -> str:
+    found = hashlib.sha256()
+    while chunk := stream.read(_CHUNK):
+        found.update(chunk)
+    return found.hexdigest()
+
+
+def file_path(filename: str) -> str:
+    """The path of an uploaded file in its version, from the name that its sender gave it."""
+    path = filename.replace("\\", "/") if ":" in filename[:3] else filename
+    return check_path(path, code="bad_filename", field="file")
+
+
+def too_large(limit: int) -> UserError:
     return UserError(
         "upload_too_large",
         f"The upload is larger than {limit} bytes.",
@@ -624,7 +713,7 @@ class _Fields:
             pairs = parse_qsl(self._body.decode(), keep_blank_values=True, errors="strict", max_num_fields=100)
         except ValueError:  # half of a character too
             raise _no_file() from None
-        if not any(name in _ORIGIN_FIELDS for name, _ in pairs):
+        if not any(name in _INSTEAD_OF_FILES for name, _ in pairs):
             raise _no_file()
         for name, value in pairs:
             self._intake.begin_text(name, None)
@@ -641,12 +730,12 @@ def _no_file() -> UserError:
 
 
 class _Nothing:
-    """No body is wanted: the query says where in MLflow the model is."""
+    """No body is wanted: the query says where the model is, in MLflow or in an upload in parts."""
 
     def write(self, data: bytes) -> None:
         raise UserError(
-            "file_and_run", "There are both a body and a run or model of MLflow.", field="file",
-            hint="Send the file, or name where it is in MLflow.",
+            "file_and_run", "There are both a body and a run, model or upload that is named instead.", field="file",
+            hint="Send the file, or name where it is.",
         )  # fmt: skip
 
     def finish(self) -> None:
@@ -667,7 +756,7 @@ class _Raw:
         self._intake.end_file()
 
 
-async def _bounded(stream: AsyncIterator[bytes], idle_seconds: float) -> AsyncIterator[bytes]:
+async def bounded(stream: AsyncIterator[bytes], idle_seconds: float) -> AsyncIterator[bytes]:
     """The same chunks, as long as each comes within the time."""
     while True:
         try:
@@ -697,7 +786,7 @@ async def receive(
     """Read a request's body into the intake. Raises UserError for what cannot be an upload."""
     most = limit + 16 * _BATCH  # with room for the fields and what the form puts around the files
     if length is not None and length > most:
-        raise _too_large(limit)
+        raise too_large(limit)
     media, options = python_multipart.multipart.parse_options_header(content_type)
     sink: _Form | _Fields | _Nothing | _Raw
     if media == b"multipart/form-data":
@@ -713,24 +802,24 @@ async def receive(
                 intake.begin_text(name, None)
                 intake.write_text(name, query[name].encode())
         filename = query.get("filename") or query.get("name")
-        from_mlflow = any(name in query for name in _ORIGIN_FIELDS)
-        if not filename and not from_mlflow:
+        elsewhere = any(name in query for name in _INSTEAD_OF_FILES)
+        if not filename and not elsewhere:
             raise UserError(
                 "missing_filename",
                 "A raw body needs a name.",
                 field="filename",
                 hint="POST /models?name=churn&filename=churn.txt",
             )
-        sink = _Nothing() if from_mlflow else await run_in_threadpool(_Raw, intake, filename or "")
+        sink = _Nothing() if elsewhere else await run_in_threadpool(_Raw, intake, filename or "")
     batch = bytearray()
     seen = 0
     # The network is read while the bytes before are hashed and written: at most two batches are held.
     writing: asyncio.Task[None] | None = None
     try:
-        async for chunk in _bounded(stream, idle_seconds):
+        async for chunk in bounded(stream, idle_seconds):
             seen += len(chunk)
             if seen > most:  # whatever follows the last boundary counts too
-                raise _too_large(limit)
+                raise too_large(limit)
             batch += chunk
             if len(batch) >= _BATCH:
                 if writing is not None:
@@ -748,4 +837,4 @@ async def receive(
     await run_in_threadpool(sink.finish)
 
 
-__all__ = ["EkibenError", "Intake", "Limits", "Upload", "receive"]
+__all__ = ["EkibenError", "Intake", "Limits", "Received", "Upload", "bounded", "file_path", "receive", "too_large"]

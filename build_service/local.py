@@ -27,7 +27,7 @@ import structlog
 
 from build_service import processes
 from build_service.logs import followed, lines, printed
-from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, RevisionOrder
+from build_service.platform import BuildOrder, BuildStatus, Failure, InUse, Observed, RevisionOrder
 from build_service.quantities import parse_memory
 from build_service.routes import RouteTable, Upstream
 from build_service.settings import Settings
@@ -43,6 +43,7 @@ _HEALTHY_SECONDS = 60.0  # a process that was ready for this long has nothing to
 _TERM_SECONDS = 10.0  # time between SIGTERM and SIGKILL
 _PROBE_SECONDS = 1.0  # that a process may be silent when it is asked whether it is ready
 _PROBES_AT_ONCE = 16
+_STARTING = max(2, os.cpu_count() or 1)  # processes of a deployment that start at once: each takes a core for a while
 _KEPT_LOGS = 20  # files of a deployment
 
 # What a serving process may know of this service's environment: nothing that could be a secret.
@@ -170,6 +171,17 @@ class LocalPlatform:
             return False
         python = Path(result["environment"]["dir"], "bin", "python")
         return python.exists() and Path(result["bento"]["dir"], "bento.yaml").exists()
+
+    def in_use(self) -> InUse:
+        """Of processes that are still draining too."""
+        with self._lock:
+            replicas = [*self._ending, *(replica for served in self._served.values() for replica in served.replicas)]
+            built = [replica.order.build for replica in replicas]
+            return InUse(
+                frozenset(order_id for order_id, _ in self._builds),
+                frozenset(Path(each[what]["dir"]).name for each in built for what in ("environment", "bento")),
+                frozenset(replica.order.version.location for replica in replicas),
+            )
 
     def build_log(self, order_id: str, *, follow: bool) -> Iterator[str]:
         def finished() -> bool:
@@ -340,7 +352,8 @@ class LocalPlatform:
         mine = [replica for replica in served.replicas if replica.order.revision == wanted.revision]
         if wanted.revision not in served.failures and time.monotonic() >= served.restart_at:
             try:
-                for _ in range(wanted.replicas - len(mine)):
+                starting = sum(not replica.ready for replica in mine)
+                for _ in range(min(wanted.replicas - len(mine), _STARTING - starting)):
                     mine.append(self._launch(served, wanted))
             except OSError as error:
                 log.exception("a serving process could not be started", deployment=wanted.deployment)

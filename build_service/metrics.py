@@ -16,3 +16,5 @@ INFERENCE_SECONDS = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10),
 )
 PROJECTION_WAITING = Gauge("ekiben_mlflow_projection_waiting", "Changes that MLflow does not have yet.")
+SWEEPS = Counter("ekiben_sweeps_total", "Looks for what nobody needs any more, by outcome.", ["outcome"])
+FREED_BYTES = Counter("ekiben_freed_bytes_total", "Bytes freed because nobody needed them any more.")

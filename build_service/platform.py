@@ -98,6 +98,15 @@ class Observed:
     waiting: Failure | None = None
 
 
+@dataclass(frozen=True)
+class InUse:
+    """What processes on this machine work with at the moment, whatever SQL says is wanted."""
+
+    builds: frozenset[str] = frozenset()
+    folders: frozenset[str] = frozenset()  # names of environments and Bentos
+    locations: frozenset[str] = frozenset()  # of versions
+
+
 class Platform(Protocol):
     def submit(self, order: BuildOrder) -> None: ...
 

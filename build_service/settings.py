@@ -103,7 +103,21 @@ class Settings(ClusterSettings):
         120, gt=0, description="Time a new revision has from its start to its golden sample, in seconds."
     )
     drain_seconds: float = Field(30, gt=0, description="Time an old process has to finish its requests, in seconds.")
-    keep_revisions: int = Field(10, gt=1, description="Revisions of a deployment that a roll-back can return to.")
+    keep_revisions: int = Field(
+        10, gt=1, description="Revisions of a deployment that are kept, the live one included: a roll-back returns to "
+        "these without a build.",
+    )  # fmt: skip
+
+    sweep_seconds: float = Field(
+        600, gt=0, description="Time between two looks for what nobody needs any more, in seconds."
+    )
+    sweep_grace_seconds: float = Field(
+        3600, ge=0, description="Time that what nobody needs any more stays nevertheless, in seconds."
+    )
+    keep_cache_seconds: float = Field(
+        30 * 86400, ge=0, description="Time that environments, Bentos and image layers stay which no deployment needs "
+        "but which make builds fast, in seconds after their last use.",
+    )  # fmt: skip
 
     inference_body: int = Field(64 * MIB, gt=0, description="Bytes of one inference request's body.")
     inference_seconds: float = Field(60, gt=0, description="Longest time of one inference request, in seconds.")

@@ -63,6 +63,32 @@ class VersionView(BaseModel):
     seconds: Seconds
 
 
+class UploadRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    filename: str = Field(min_length=1, max_length=1024, description="Name of the file, as in a form.")
+    size: int | None = Field(None, gt=0, le=2**63 - 1, description="Bytes of the whole file, to be checked.")
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-fA-F]{64}$", description="SHA-256 of the whole file in hex, to be checked."
+    )
+
+
+class PartView(BaseModel):
+    number: int = Field(description="From 1.")
+    size: int = Field(description="Bytes.")
+    sha256: str | None = Field(description="In hex; null where the object store keeps none.")
+
+
+class UploadView(BaseModel):
+    id: str
+    filename: str | None
+    size: int | None = Field(description="Bytes that were announced.")
+    sha256: str | None = Field(description="The digest that was announced.")
+    part_size: int = Field(description="Bytes of a part that suit this file; 5 to 64 MiB are taken.")
+    received: int = Field(description="Bytes of the parts that are there.")
+    parts: list[PartView]
+
+
 class ModelView(BaseModel):
     name: str
     latest: int

@@ -37,6 +37,8 @@ from registry.errors import UserError
 from registry.versions import versions
 
 BUILD_OPEN = ("queued", "running")
+DAMAGED = frozenset({"digest_mismatch", "model_missing", "object_damaged"})  # codes: what the store holds is not whole
+DROPPED = "dropped"  # a revision that a roll-back cannot return to: what it needs may be deleted
 
 builds = Table(
     "builds",
@@ -208,6 +210,16 @@ class Revision:
 
 
 @dataclass(frozen=True)
+class Needed:
+    """What must stay, because a revision that is live, wanted or kept needs it, or a build that has not ended."""
+
+    results: tuple[dict[str, Any], ...]  # of builds: they name environments and Bentos
+    locations: frozenset[str]  # of versions
+    logs: frozenset[str]  # builds: those of every version that exists, too
+    unneeded_logs: frozenset[str]  # of all the others that there were
+
+
+@dataclass(frozen=True)
 class Standing:
     """What tells whether a deployment needs a step: what is wanted, and what was told of it."""
 
@@ -285,6 +297,12 @@ def build_of_version(connection: Connection, version_id: str) -> Build | None:
     return None if row is None else Build(**row._mapping)
 
 
+def is_damaged(connection: Connection, version_id: str) -> bool:
+    """Whether a version's build found that the store does not hold what was uploaded."""
+    found = build_of_version(connection, version_id)
+    return found is not None and found.state == "failed" and found.code in DAMAGED
+
+
 def _claimable() -> ColumnElement[bool]:
     """Builds that wait, or whose owner is gone."""
     return or_(
@@ -298,7 +316,8 @@ def build_waits(connection: Connection) -> bool:
 
 
 def claim_build(connection: Connection, owner: str, lease_seconds: float) -> Build | None:
-    """The oldest build that waits, or whose owner is gone, now leased to `owner`."""
+    """The oldest build that waits, or whose owner is gone, now leased to `owner`. Who takes over goes on with the same
+    attempt: what runs of it is joined, not started beside."""
     waiting = select(builds.c.id).where(_claimable()).order_by(builds.c.created).limit(1).scalar_subquery()
     row = connection.execute(
         update(builds)
@@ -309,7 +328,7 @@ def claim_build(connection: Connection, owner: str, lease_seconds: float) -> Bui
             lease_owner=owner,
             lease_until=now() + lease_seconds,
             fence=builds.c.fence + 1,
-            attempts=builds.c.attempts + 1,
+            attempts=case((builds.c.state == "queued", builds.c.attempts + 1), else_=builds.c.attempts),
             started=now(),
         )
         .returning(builds)
@@ -330,9 +349,7 @@ def change_build(connection: Connection, held: Build, **values: Any) -> bool:
 def release_builds(connection: Connection, owner_alive: str) -> None:
     """Give up leases of processes that are known to be gone (embedded: every owner but this one)."""
     connection.execute(
-        update(builds)
-        .where(builds.c.state == "running", builds.c.lease_owner != owner_alive)
-        .values(lease_until=0.0, attempts=case((builds.c.attempts > 0, builds.c.attempts - 1), else_=0))
+        update(builds).where(builds.c.state == "running", builds.c.lease_owner != owner_alive).values(lease_until=0.0)
     )
 
 
@@ -354,13 +371,14 @@ def leave_builds(connection: Connection, version_id: str) -> None:
         connection.execute(update(builds).where(builds.c.id == row.id).values(fence=builds.c.fence + 1, **values))
 
 
-def rebuild(connection: Connection, build_id: str) -> None:
-    """What a finished build had left was deleted: it runs again, with the lock that it had."""
-    connection.execute(
+def rebuild(connection: Connection, build_id: str) -> bool:
+    """What a finished build had left was deleted: it runs again, with the lock that it had. False: it does already."""
+    result = connection.execute(
         update(builds)
         .where(builds.c.id == build_id, builds.c.state == "succeeded")
         .values(state="queued", attempts=0, not_before=0.0, finished=None)
     )
+    return result.rowcount == 1
 
 
 def cancel_build(connection: Connection, build_id: str) -> Build:
@@ -542,6 +560,7 @@ def previous_good(connection: Connection, name: str, before: int, version_id: st
             revisions.c.number < before,
             revisions.c.version_id != version_id,
             revisions.c.live_since.is_not(None),
+            revisions.c.state != DROPPED,
             versions.c.deleted.is_(None),
         )
         .order_by(revisions.c.number.desc())
@@ -608,6 +627,71 @@ def delete_deployment(connection: Connection, name: str) -> None:
         update(revisions)
         .where(revisions.c.deployment == name, revisions.c.state.in_(("pending", "rolling", "live")))
         .values(state="superseded", reason="the deployment was deleted")
+    )
+
+
+# --- what nobody needs ----------------------------------------------------------------------------------------------
+
+
+def drop_revisions(connection: Connection, keep: int) -> int:
+    """Give up what a roll-back shall no longer return to; how many revisions that were.
+
+    Kept are the newest `keep` of each deployment that were live, with the live one; those that serve the same count as
+    one, so that going back and forth forgets nothing. A deployment that was deleted keeps none.
+    """
+    rows = connection.execute(
+        select(revisions, deployments.c.desired, deployments.c.live, deployments.c.deleted)
+        .join(deployments, deployments.c.name == revisions.c.deployment)
+        .where(revisions.c.live_since.is_not(None), revisions.c.state != DROPPED)
+        .order_by(revisions.c.deployment, revisions.c.number.desc())
+    ).all()
+    kept: dict[str, set[tuple[str, str]]] = {}
+    dropped: dict[str, list[int]] = {}
+    for row in rows:
+        serves, mine = (row.version_id, row.build_id), kept.setdefault(row.deployment, set())
+        if row.deleted is not None:
+            dropped.setdefault(row.deployment, []).append(row.number)
+        elif serves in mine or len(mine) < keep or row.number in (row.desired, row.live):
+            mine.add(serves)
+        else:
+            dropped.setdefault(row.deployment, []).append(row.number)
+    for name, numbers in dropped.items():
+        connection.execute(
+            update(revisions)
+            .where(revisions.c.deployment == name, revisions.c.number.in_(numbers))
+            .values(state=DROPPED, reason=f"a deployment keeps its newest {keep} revisions")
+        )
+    return sum(map(len, dropped.values()))
+
+
+def needed(connection: Connection) -> Needed:
+    """What must stay, as of this moment."""
+    returnable = revisions.c.live_since.is_not(None) & (revisions.c.state != DROPPED) & versions.c.deleted.is_(None)
+    held = connection.execute(
+        select(revisions.c.build_id, versions.c.location)
+        .join(deployments, deployments.c.name == revisions.c.deployment)
+        .join(versions, versions.c.id == revisions.c.version_id)
+        .where(deployments.c.deleted.is_(None))
+        .where(or_(revisions.c.number.in_((deployments.c.desired, deployments.c.live)), returnable))
+    ).all()
+    opened = connection.execute(
+        select(builds.c.id, versions.c.location)
+        .join(versions, versions.c.id == builds.c.version_id)
+        .where(builds.c.state.in_(BUILD_OPEN))
+    ).all()
+    owned = connection.execute(
+        select(version_builds.c.build_id)
+        .join(versions, versions.c.id == version_builds.c.version_id)
+        .where(versions.c.deleted.is_(None))
+    ).scalars()
+    working = {row.build_id for row in held} | {row.id for row in opened}
+    logs = working | set(owned)
+    rows = connection.execute(select(builds.c.id, builds.c.result).where(builds.c.id.in_(working))).all()
+    return Needed(
+        results=tuple(row.result for row in rows if row.result is not None),
+        locations=frozenset(row.location for row in (*held, *opened)),
+        logs=frozenset(logs),
+        unneeded_logs=frozenset(connection.execute(select(builds.c.id)).scalars()) - logs,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select, tuple_
 
 from build_service import shapes, state
 from registry import versions
@@ -46,7 +47,7 @@ def version(connection: Connection, row: Version, links: Links) -> shapes.Versio
         if revision is not None and current == "built":
             current = "rolling"
     else:
-        current = revision.state
+        current = "superseded" if revision.state == state.DROPPED else revision.state
         if revision.state in ("failed", "rolled_back"):
             deployment = state.deployment(connection, revision.deployment)
             reason = revision.reason
@@ -85,11 +86,26 @@ def version(connection: Connection, row: Version, links: Links) -> shapes.Versio
 
 
 def build(connection: Connection, row: state.Build, links: Links) -> shapes.BuildView:
-    of = versions.by_id(connection, row.version_id)
+    return builds(connection, [row], links)[0]
+
+
+def builds(connection: Connection, rows: Sequence[state.Build], links: Links) -> list[shapes.BuildView]:
+    of = _titles(connection, {row.version_id for row in rows})
+    return [_build(row, of[row.version_id], links) for row in rows]
+
+
+def _titles(connection: Connection, identities: Collection[str]) -> dict[str, shapes.Target]:
+    """Name and number of versions by their identity."""
+    table = versions.versions.c
+    rows = connection.execute(select(table.id, table.name, table.number).where(table.id.in_(identities)))
+    return {row.id: shapes.Target(model=row.name, version=row.number) for row in rows}
+
+
+def _build(row: state.Build, of: shapes.Target, links: Links) -> shapes.BuildView:
     return shapes.BuildView(
         id=row.id,
-        model=of.name,
-        version=of.number,
+        model=of.model,
+        version=of.version,
         identity=row.identity,
         state=row.state,
         stage=row.stage,
@@ -106,18 +122,43 @@ def build(connection: Connection, row: state.Build, links: Links) -> shapes.Buil
 
 
 def deployment(connection: Connection, row: state.Deployment, ready: int, links: Links) -> shapes.DeploymentView:
-    wanted = state.revision(connection, row.name, row.desired)
-    live = state.revision(connection, row.name, row.live) if row.live is not None else wanted
-    target = versions.by_id(connection, live.version_id)
-    wants = versions.by_id(connection, wanted.version_id)
+    return deployments(connection, [row], lambda _: ready, links)[0]
+
+
+def deployments(
+    connection: Connection, rows: Sequence[state.Deployment], ready: Callable[[str], int], links: Links
+) -> list[shapes.DeploymentView]:
+    """`ready` gives a deployment's processes that answer."""
     default = state.default_deployment(connection)
+    served = _served(connection, {(row.name, number) for row in rows for number in (row.desired, row.live)})
+    return [
+        _deployment(row, served, ready(row.name), default is not None and default.name == row.name, links)
+        for row in rows
+    ]
+
+
+def _served(connection: Connection, wanted: Collection[tuple[str, int | None]]) -> dict[tuple[str, int], shapes.Target]:
+    """What revisions serve, by deployment and number."""
+    revisions, of = state.revisions.c, versions.versions.c
+    rows = connection.execute(
+        select(revisions.deployment, revisions.number, of.name, of.number.label("version"))
+        .join(versions.versions, of.id == revisions.version_id)
+        .where(tuple_(revisions.deployment, revisions.number).in_(wanted))
+    )
+    return {(row.deployment, row.number): shapes.Target(model=row.name, version=row.version) for row in rows}
+
+
+def _deployment(
+    row: state.Deployment, served: Mapping[tuple[str, int], shapes.Target], ready: int, default: bool, links: Links
+) -> shapes.DeploymentView:
+    live = row.desired if row.live is None else row.live
     return shapes.DeploymentView(
         name=row.name,
         state=row.state,
-        default=default is not None and default.name == row.name,
-        target=shapes.Target(model=target.name, version=target.number),
-        wanted=shapes.Target(model=wants.name, version=wants.number),
-        revision=live.number,
+        default=default,
+        target=served[row.name, live],
+        wanted=served[row.name, row.desired],
+        revision=live,
         replicas=row.replicas,
         ready=ready,
         resources=row.resources,
@@ -149,17 +190,31 @@ def event(row: Any) -> shapes.EventView:
     return shapes.EventView(time=stamp(row.time) or "", type=row.type, reason=row.reason, message=row.message)
 
 
-def model(connection: Connection, name: str, links: Links) -> shapes.ModelView:
-    rows = versions.of_model(connection, name)
-    if not rows:
-        versions.find(connection, name, 0)  # raises model_not_found
-    deployed = state.deployment(connection, name)
-    live = None
-    if deployed is not None and deployed.live is not None:
-        live = versions.by_id(connection, state.revision(connection, name, deployed.live).version_id).number
-    return shapes.ModelView(
-        name=name, latest=rows[0].number, live=live, kind=rows[0].kind, versions=len(rows), url=links.predict(name)
+def models(connection: Connection, links: Links) -> list[shapes.ModelView]:
+    """Every model, and which version the deployment of its name serves."""
+    of, deployed, revisions = versions.versions, state.deployments.c, state.revisions.c
+    live = of.alias("live")
+    known = (
+        select(of.c.name, func.max(of.c.number).label("latest"), func.count().label("count"))
+        .where(of.c.deleted.is_(None))
+        .group_by(of.c.name)
+        .subquery()
     )
+    rows = connection.execute(
+        select(known.c.name, known.c.latest, known.c["count"], of.c.kind, live.c.number.label("live"))
+        .join(of, (of.c.name == known.c.name) & (of.c.number == known.c.latest))
+        .outerjoin(state.deployments, (deployed.name == known.c.name) & deployed.deleted.is_(None))
+        .outerjoin(state.revisions, (revisions.deployment == deployed.name) & (revisions.number == deployed.live))
+        .outerjoin(live, live.c.id == revisions.version_id)
+        .order_by(known.c.name)
+    )
+    return [
+        shapes.ModelView(
+            name=row.name, latest=row.latest, live=row.live, kind=row.kind, versions=row._mapping["count"],
+            url=links.predict(row.name),
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def _newest_revision(connection: Connection, row: Version) -> state.Revision | None:

@@ -23,7 +23,7 @@ from typing import Any
 from builder_image.environment import Environment, made_once
 from builder_image.installer import Tools
 from builder_image.lock import Lock, canonicalize_name
-from registry import digest
+from registry import digest, shelf
 from registry.errors import InfrastructureError, UserError
 
 FORMAT = 1
@@ -120,7 +120,13 @@ def content_digest(files: Mapping[str, Path]) -> str:
 
 
 def find(cache: Path, recipe: Recipe) -> Bento | None:
-    """The Bento of a recipe if it is there."""
+    """The Bento of a recipe if it is there; it is marked as wanted."""
+    if not shelf.wanted(cache, recipe.folder, lambda: _known(cache, recipe) is not None):
+        return None
+    return _known(cache, recipe)
+
+
+def _known(cache: Path, recipe: Recipe) -> Bento | None:
     place, record = cache / recipe.folder, cache / f"{recipe.folder}.json"
     try:
         known = json.loads(record.read_bytes())
@@ -154,7 +160,8 @@ def made(recipe: Recipe, answer: Callable[[], Mapping[str, Any]], cache: Path) -
     if (known := find(cache, recipe)) is not None:
         return known
     with made_once(cache, recipe.folder) as fresh:
-        if (known := find(cache, recipe)) is not None:
+        if (known := _known(cache, recipe)) is not None:
+            shelf.mark(known.dir)
             return known
         said = answer()
         if not recipe.trusted:

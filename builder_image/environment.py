@@ -7,7 +7,6 @@ the kernel releases when its holder dies; what a dead builder left is removed by
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from builder_image.installer import Tools
 from builder_image.lock import Lock
-from registry import digest
+from registry import digest, shelf
 from registry.errors import InfrastructureError, UserError
 
 FORMAT = 1
@@ -76,10 +75,11 @@ def ensure(
     """
     name = key(lock, python)
     place = cache / name
-    if _complete(place):
+    if shelf.wanted(cache, name, lambda: _complete(place)):
         return Environment(place, python, lock.digest, reused=True)
     with made_once(cache, name) as fresh:
         if _complete(place):  # another builder made it while we waited
+            shelf.mark(place)
             return Environment(place, python, lock.digest, reused=True)
         shutil.rmtree(place, ignore_errors=True)  # incomplete: its interpreter is gone
         _install(fresh, place, lock, python, tools, wheels)
@@ -91,8 +91,7 @@ def ensure(
 def made_once(cache: Path, name: str) -> Iterator[Path]:
     """A path for a new folder beside `cache/name`, for one builder at a time; it is removed if it was not renamed."""
     cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f".{name}.lock", "w") as holder:
-        fcntl.flock(holder, fcntl.LOCK_EX)
+    with shelf.locked(cache, name):
         for stale in cache.glob(f".{name}.*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
         for stale in cache.glob(f".{name}.*.json"):

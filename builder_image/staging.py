@@ -23,13 +23,15 @@ from builder_image.installer import Tools
 from builder_image.layers import Compression, Layer
 from builder_image.lock import Lock
 from builder_image.spec import BuiltLayer
-from registry import digest
+from registry import digest, shelf
 from registry.errors import InfrastructureError, UserError
 
 FORMAT = 1
 VENV = "app/.venv"
 BENTO = "home/bentoml/bento"
 SERVING = "app/serving"
+LOCK = "layers"
+"""Under which a layer is found and marked, and under which those that nobody wants are removed."""
 _DATA_BYTES = 64 * 1024
 _GLIBC_MINORS = (17, 28, *range(31, 41))  # what uv knows by name
 # uv's bookkeeping, which carries times and places
@@ -49,12 +51,20 @@ class Kept:
     before: Path | None = None
 
     def find(self, name: layers.Name, key: str) -> Layer | None:
-        """The layer made for a key before, here or wherever the image goes."""
-        for folder in (self.folder, self.before):
-            if folder is not None and (kept := _kept(folder, name, key)) is not None:
-                return kept
+        """The layer made for a key before, here or wherever the image goes. One that is here is marked as wanted."""
+        if (kept := self._here(name, key)) is not None:
+            return kept
+        if self.before is not None and (kept := _kept(self.before, name, key)) is not None:
+            return kept
         found = self.recall(key)
         return None if found is None else layers.renamed(found, name)
+
+    def _here(self, name: layers.Name, key: str) -> Layer | None:
+        if _kept(self.folder, name, key) is None:
+            return None
+        with shelf.locked(self.folder, LOCK):
+            shelf.mark(_record_of(self.folder, key))
+            return _kept(self.folder, name, key)
 
     def keep(self, layer: Layer, key: str) -> None:
         self._record(key, {name: getattr(layer, name) for name in ("digest", "diff_id", "size", "media_type", "facts")})
@@ -62,7 +72,9 @@ class Kept:
     def digest_of_model(self, version: str, size: int) -> str | None:
         """The digest of the model layer of a version (its digest), if it was made on this machine before."""
         try:
-            known = json.loads((self.folder / f"{_model_key(version)}.json").read_bytes())
+            record = _record_of(self.folder, _model_key(version))
+            known = json.loads(record.read_bytes())
+            shelf.mark(record)
             return str(known["digest"]) if known["size"] == size else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -72,7 +84,7 @@ class Kept:
 
     def _record(self, key: str, fields: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        record = self.folder / f"{key}.json"
+        record = _record_of(self.folder, key)
         draft = record.with_suffix(f".{os.getpid()}.tmp")
         draft.write_bytes(digest.canonical_json(fields))
         os.replace(draft, record)
@@ -82,9 +94,13 @@ class Kept:
         return self.folder / "blobs"
 
 
+def _record_of(folder: Path, key: str) -> Path:
+    return folder / f"{key}.json"
+
+
 def _kept(folder: Path, name: layers.Name, key: str) -> Layer | None:
     try:
-        known = json.loads((folder / f"{key}.json").read_bytes())
+        known = json.loads(_record_of(folder, key).read_bytes())
         blob = folder / "blobs" / known["digest"].removeprefix("sha256:")
         if blob.stat().st_size != known["size"]:
             return None

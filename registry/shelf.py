@@ -89,6 +89,18 @@ def rest(shelf: Path) -> list[Path]:
     return sorted(shelf.glob(f"{_REMOVED}*"))
 
 
+def unfinished(shelf: Path) -> list[Path]:
+    """What makers that were killed left under `.NAME.PID.tmp`, taken away; while one works, it holds the lock."""
+    found = []
+    for draft in sorted(shelf.glob(".*.tmp")):
+        with locked(shelf, draft.name[1:].rsplit(".", 2)[0], wait=False) as alone:
+            if alone and draft.exists():
+                found.append(shelf / f"{_REMOVED}{ULID()}")
+                os.rename(draft, found[-1])
+                draft.with_suffix(".json").unlink(missing_ok=True)
+    return found
+
+
 def delete(path: Path) -> int:
     """Delete a folder; the bytes that are free now. A file that has another name elsewhere frees nothing."""
     freed = 0

@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from tests.servers import PostgreSQL, program
+
+# Tests start hundreds of Python processes: none of them should compile again what an earlier one has compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 _PROGRAMS = {
     "needs_registry": ("docker-registry",),
@@ -23,6 +30,20 @@ _PROGRAMS = {
 _PACKAGES = {"postgres": "postgresql", "initdb": "postgresql"}  # where they are called otherwise
 _FOR_ROOT = ("needs_podman", "needs_buildah")
 _WANTING = ("is not installed", "needs root")
+# Files whose tests share nothing and are long: each test goes to whichever worker is free.
+_APART = ("test_killed.py", "test_image_end_to_end.py")
+
+
+class _ByFile(LoadFileScheduling):
+    """With several workers a file stays on one of them, in its order, unless its tests share nothing."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return nodeid if file.endswith(_APART) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return _ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,6 +70,13 @@ def pytest_runtest_makereport(
             report.outcome = "failed"
             report.longrepr = f"skipped where nothing may be skipped: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")

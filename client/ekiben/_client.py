@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
-from ekiben import _config, _upload
+from ekiben import _config, _parts, _upload
 from ekiben._errors import (
     EkibenError,
     NotFound,
@@ -31,6 +33,8 @@ _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0
 _STORE_SECONDS = 600.0  # from the last uploaded byte to the answer: an archive is unpacked in between
 _LONGEST_ERROR = 64 * 1024
+_STORE_PATIENCE = 1800.0  # seconds for a file that is in parts: it is read once more, and a proxy may not wait so long
+_SLICE = 256 * 1024  # bytes of a part between two looks at the progress
 _SETTLED = frozenset({"live", "superseded", "rolled_back", "failed"})
 
 Watch = Callable[[dict[str, Any]], None]
@@ -92,45 +96,103 @@ class Client:
         force: bool = False,
         progress: _upload.Progress | None = None,
         prepared: Callable[[int], None] | None = None,
+        told: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
         """Send files as a version and return it as soon as it is stored; building and rolling out go on.
 
         In place of files, `run_id` (with `artifact_path` where the run has several models) or `model_uri` names a model
         in the server's MLflow, which the server fetches itself.
         `prepared` is called once with the bytes of the whole body. The same content again gives the version that is
-        there already, which is why a lost connection may be tried a second time.
+        there already, which is why a lost connection may be tried a second time. From EKIBEN_PART_UPLOAD_BYTES on files
+        are sent in parts, and the next call goes on where one was cut; `told` is called with a word about that.
         """
-        form = _upload.form(
-            paths,
-            fields={
-                "run_id": run_id,
-                "artifact_path": artifact_path,
-                "model_uri": model_uri,
-                "name": name,
-                "kind": kind,
-                "python": python,
-                "labels": json.dumps(dict(labels), sort_keys=True) if labels else None,
-                "deploy": None if deploy else "false",
-                "force": "true" if force else None,
-            },
-            documents={"sample": sample, "expected": expected},
-            requirements=requirements,
-        )
-        if prepared is not None:
-            prepared(form.size)
-        headers = {"Content-Type": form.content_type, "Content-Length": str(form.size)}
+        fields = {
+            "run_id": run_id,
+            "artifact_path": artifact_path,
+            "model_uri": model_uri,
+            "name": name,
+            "kind": kind,
+            "python": python,
+            "labels": json.dumps(dict(labels), sort_keys=True) if labels else None,
+            "deploy": None if deploy else "false",
+            "force": "true" if force else None,
+        }
+
+        def form_of(some: Sequence[Path], **more: str) -> _upload.Form:
+            documents = {"sample": sample, "expected": expected}
+            return _upload.form(some, fields={**fields, **more}, documents=documents, requirements=requirements)
+
+        form = form_of(paths)
         what = f"the upload of {paths[0] if paths else run_id or model_uri}"
+        if paths and form.size >= _config.part_upload_bytes():
+            payload = _parts.payload(paths)
+            if prepared is not None:
+                prepared(payload.size)
+            with contextlib.suppress(_parts.Unsupported):
+                return self._upload_in_parts(payload, form_of, what, progress, told)
+        elif prepared is not None:
+            prepared(form.size)
         for attempt in (1, 2):
             try:
-                answer = self._send(
-                    "POST", "/models", what, headers=headers, content=form.stream(progress), read=_STORE_SECONDS
-                )
-                return _version(answer, what)
+                return self._store(form, what, progress)
             except Unreachable as error:
                 # Only a connection that broke is tried again: identical content is never stored twice.
                 if attempt == 2 or error.code != "connection_lost":
                     raise
         raise AssertionError("not reached")
+
+    def _upload_in_parts(
+        self,
+        payload: _parts.Payload,
+        form_of: Callable[..., _upload.Form],
+        what: str,
+        progress: _upload.Progress | None,
+        told: Callable[[str], None] | None,
+    ) -> dict[str, Any]:
+        memory = _parts.Memory(self.url, payload.paths, os.environ)
+        upload = _parts.send(self, payload, memory, progress, told)
+        form = form_of((), upload_id=upload)
+        # Any number of times: an upload becomes one version, whichever of the answers arrives.
+        version = _parts.again(lambda: self._store(form, what, None), _STORE_PATIENCE)
+        memory.forget()
+        return version
+
+    def _store(self, form: _upload.Form, what: str, progress: _upload.Progress | None) -> dict[str, Any]:
+        headers = {"Content-Type": form.content_type, "Content-Length": str(form.size)}
+        content = form.stream(progress)
+        return _version(
+            self._send("POST", "/models", what, headers=headers, content=content, read=_STORE_SECONDS), what
+        )
+
+    def begin_upload(self, filename: str, size: int) -> dict[str, Any]:
+        """Begin an upload in parts of a file: {"id", "part_size", …}."""
+        return dict(self._json("POST", "/uploads", {"filename": filename, "size": size}))
+
+    def upload_in_parts(self, upload: str) -> dict[str, Any]:
+        """The parts that are there. Conflict `upload_complete` when they are one file already."""
+        return dict(self._json("GET", f"/uploads/{_segment(upload)}"))
+
+    def put_part(
+        self,
+        upload: str,
+        number: int,
+        data: bytes | bytearray,
+        sha256: bytes,
+        progress: _upload.Progress | None = None,
+    ) -> dict[str, Any]:
+        """Send a part; when this returns it is on the server's disk. `sha256` is its digest, 32 bytes."""
+        path = f"/uploads/{_segment(upload)}/parts/{int(number)}"
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(len(data)),
+            "Content-Digest": f"sha-256=:{base64.b64encode(sha256).decode()}:",
+        }
+        what = f"part {number} of the upload"
+        return dict(_parsed(self._send("PUT", path, what, headers=headers, content=_sliced(data, progress)), what))
+
+    def end_upload(self, upload: str) -> None:
+        """Give an upload in parts up."""
+        self._json("DELETE", f"/uploads/{_segment(upload)}")
 
     def version(self, model: str, version: int | None = None) -> dict[str, Any]:
         """One version, the newest when no number is given."""
@@ -481,6 +543,14 @@ def _segment(text: str) -> str:
     if not text or text in (".", ".."):
         raise UsageError(f"{text!r} is not a name", code="bad_name", hint="ekiben status lists deployments")
     return quote(str(text), safe="")
+
+
+def _sliced(data: bytes | bytearray, progress: _upload.Progress | None) -> Iterator[bytes]:
+    view = memoryview(data)
+    for start in range(0, len(view), _SLICE):
+        yield bytes(view[start : start + _SLICE])
+        if progress is not None:
+            progress(min(start + _SLICE, len(view)))
 
 
 def _parsed(content: bytes, what: str) -> Any:

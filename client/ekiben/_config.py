@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from ekiben._errors import UsageError
 
 DEFAULT_URL = "http://localhost:8000"
+PART_UPLOAD_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,24 @@ def path(environment: Mapping[str, str] | None = None) -> Path:
     # The XDG specification says that a relative path there is to be ignored.
     folder = Path(base) if base and Path(base).is_absolute() else Path.home() / ".config"
     return folder / "ekiben" / "config.json"
+
+
+def uploads(environment: Mapping[str, str] | None = None) -> Path:
+    """The folder that remembers uploads in parts."""
+    return path(environment).with_name("uploads")
+
+
+def part_upload_bytes(environment: Mapping[str, str] | None = None) -> int:
+    """From how many bytes on a push is sent in parts, EKIBEN_PART_UPLOAD_BYTES."""
+    env = os.environ if environment is None else environment
+    text = env.get("EKIBEN_PART_UPLOAD_BYTES") or str(PART_UPLOAD_BYTES)
+    if not text.isdecimal():
+        raise UsageError(
+            f"EKIBEN_PART_UPLOAD_BYTES={text[:40]} is no number of bytes",
+            code="bad_setting",
+            hint=f"unset it for {PART_UPLOAD_BYTES}",
+        )
+    return int(text)
 
 
 def load(environment: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -73,9 +73,9 @@ def form(
 
     `paths` are model files, or one folder, which is sent as a tar; `fields` are short texts (None is left out);
     `documents` are JSON values or bytes for `sample` and `expected`; `requirements` is a lock or requirements file.
-    With no paths the fields say where in MLflow the model is.
+    With no paths the fields say where the model is: in MLflow, or in an upload in parts.
     """
-    if not paths and not any(fields.get(name) for name in ("run_id", "model_uri")):
+    if not paths and not any(fields.get(name) for name in ("run_id", "model_uri", "upload_id")):
         raise UsageError("there is nothing to push", code="no_file", field="file", hint="ekiben push MODEL_FILE")
     folders = [path for path in paths if path.is_dir()]
     if folders and len(paths) > 1:

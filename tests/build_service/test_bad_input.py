@@ -363,9 +363,11 @@ def test_a_project_is_refused_where_code_may_not_run(home: Home) -> None:
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io:8000", "evil@localhost"])
 def test_a_foreign_host_is_refused(server: Home, host: str) -> None:
     with server.http() as client:
-        for path in ("/models", "/inference/first/predict", "/docs", "/livez"):
+        for path in ("/models", "/inference/first/predict", "/docs", "/metrics"):
             answer = client.get(path, headers={"host": host})
             assert (answer.status_code, answer.json()["code"]) == (421, "foreign_host")
+        # a kubelet asks by the pod's address
+        assert client.get("/livez", headers={"host": host}).text == "ok\n"
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost"])

@@ -32,6 +32,7 @@ def test_schemathesis_finds_no_server_error_and_no_answer_that_is_not_described(
             str(Path(sys.executable).with_name("schemathesis")), "run", f"{home.url}/openapi.json",
             "--checks", ",".join(CHECKS),
             "--phases", "examples,coverage,fuzzing", "--max-examples", "12", "--seed", "1",
+            "--request-timeout", "60",  # among others it asks for 64 replicas
             # a log that is followed never ends, which test_rollouts looks at
             "--exclude-path-regex", "/logs$",
             "--suppress-health-check", "all", "--no-color",

@@ -142,11 +142,17 @@ def test_a_second_model_does_not_take_over_the_default(home: Home, model: Model,
         assert answer.headers["ekiben-model"] == "one"
 
 
-@pytest.mark.parametrize("body", [{"version": 1, "weights": 3}, {"version": 1, "resources": {"gpu": "1"}}])
+def test_a_gpu_that_is_not_there_is_said_before_anything_rolls(server: Home) -> None:
+    problem = server.call("PUT", "/deployments/first", 409, json={"version": 1, "resources": {"gpu": 1}})
+    assert (problem["code"], problem["field"]) == ("insufficient_gpu", "resources.gpu")
+    assert problem["detail"].startswith("0 free of 1")
+
+
+@pytest.mark.parametrize("body", [{"version": 1, "weights": 3}, {"version": 1, "resources": {"disk": "1Gi"}}])
 def test_unknown_fields_of_a_deployment_are_refused(server: Home, body: dict[str, Any]) -> None:
     problem = server.call("PUT", "/deployments/first", 422, json=body)
     assert problem["code"] == "unknown_field"
-    assert problem["field"].split(".")[-1] in ("weights", "gpu")
+    assert problem["field"].split(".")[-1] in ("weights", "disk")
 
 
 def test_what_is_served_is_not_deleted_and_numbers_are_not_used_again(home: Home, model: Model, rows: Rows) -> None:

@@ -22,6 +22,7 @@ from builder_image import image, installer, layers, layout, tarball
 from builder_image.process import Processes, tool_environment
 from registry.digest import canonical_json
 from registry.manifest import Attachment, File, Manifest
+from tests.cluster.images import base_layout
 
 
 @dataclass
@@ -80,15 +81,11 @@ def start_registry(tmp_path: Path) -> Iterator[StartRegistry]:
 
 
 @pytest.fixture(scope="session")
-def debian_base(request: pytest.FixtureRequest) -> Path:
-    """A Debian base with Python 3.11 as an OCI layout, made once and kept in pytest's cache."""
+def debian_base() -> Path:
+    """A Debian base with Python 3.11 as an OCI layout, made once by debootstrap; the cluster's tests use the same."""
     if shutil.which("debootstrap") is None or os.geteuid() != 0:
         pytest.skip("making a base needs root and debootstrap (apt-get install debootstrap)")
-    from benchmarks.make_base import make_base
-
-    cache = request.config.cache
-    assert cache is not None
-    return make_base(cache.mkdir("ekiben-debian-base") / "layout")
+    return base_layout()
 
 
 @pytest.fixture

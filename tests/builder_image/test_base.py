@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import shutil
-import subprocess
 import tarfile
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from builder_image.image import Image, Platform
 from builder_image.validate import validate
 from registry.digest import of_bytes
 from registry.errors import InfrastructureError, UserError
+from tests.podman import Podman
 
 Members = dict[str, bytes | str | None]
 """path → a file's content, a link's target ("-> …", "=> …" for a hard link), or None for a folder"""
@@ -252,9 +250,6 @@ def test_a_base_is_imported_from_a_registry(registry_server: Any, tmp_path: Path
 @pytest.mark.slow
 def test_a_real_base_runs_our_layers_as_a_random_user_on_a_read_only_root(tmp_path: Path, debian_base: Path) -> None:
     """debootstrap → import → assemble → archive → podman: what was learnt by reading is what runs."""
-    for program in ("podman", "runc"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
     imported = base.import_base(str(debian_base), None, tmp_path / "bases", name="debian")
     platform = next(iter(imported.platforms))
     found = imported.on(platform)
@@ -270,30 +265,12 @@ def test_a_real_base_runs_our_layers_as_a_random_user_on_a_read_only_root(tmp_pa
     run = image.Run(entrypoint=[found.python, "/app/main.py"], workdir="/")
     draft = image.assemble(imported.image(platform), [code, model], run)
     validate(layout.write_archive(draft, tmp_path / "image.tar", "localhost/ekiben-test:1"))
-    short = tempfile.mkdtemp(prefix="pod-")  # podman wants a run folder of at most 50 characters
-    podman = ["podman", "--root", str(tmp_path / "podman"), "--runroot", short, "--runtime", "runc"]
-    podman += ["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs"]
+    podman = Podman(tmp_path / "podman")
     try:
-        loaded = subprocess.run(
-            [*podman, "load", "-i", str(tmp_path / "image.tar")], capture_output=True, text=True, check=False
-        )
-        assert loaded.returncode == 0, loaded.stderr
-        assert "localhost/ekiben-test:1" in loaded.stdout
+        assert "localhost/ekiben-test:1" in podman("load", "-i", tmp_path / "image.tar")
         for user in ([], ["--user", "12345:12345"]):
             limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
-            command = [
-                *podman,
-                "run",
-                "--rm",
-                "--network=host",
-                "--read-only",
-                *limits,
-                *user,
-                "localhost/ekiben-test:1",
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.split() == [found.version, found.soabi, "weights"]
+            said = podman("run", "--rm", "--network=host", "--read-only", *limits, *user, "localhost/ekiben-test:1")
+            assert said.split() == [found.version, found.soabi, "weights"]
     finally:
-        subprocess.run([*podman, "system", "reset", "--force"], capture_output=True, check=False)
-        shutil.rmtree(short, ignore_errors=True)
+        podman.close()

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from tests.podman import Podman
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.needs_podman, pytest.mark.needs_registry, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -83,19 +84,7 @@ StartImage = Callable[..., str]
 @pytest.fixture
 def start_image(tmp_path: Path) -> Iterator[StartImage]:
     """start_image(reference, archive=None, env={}, mounts={}) → the URL of a container that is ready."""
-    for program in ("podman", "runc"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
-    short = tempfile.mkdtemp(prefix="pod-")  # podman wants a run folder of at most 50 characters
-    podman = [
-        "podman", "--root", str(tmp_path / "podman"), "--runroot", short, "--runtime", "runc",
-        "--storage-driver", "vfs", "--cgroup-manager", "cgroupfs",
-    ]  # fmt: skip
-
-    def call(*words: str | Path) -> str:
-        done = subprocess.run([*podman, *words], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+    podman = Podman(tmp_path / "podman")
 
     def start(
         reference: str,
@@ -104,9 +93,9 @@ def start_image(tmp_path: Path) -> Iterator[StartImage]:
         mounts: Mapping[Path, str] | None = None,
     ) -> str:
         if archive is not None:
-            call("load", "-q", "-i", archive)
+            podman("load", "-q", "-i", archive)
         else:
-            call("pull", "-q", "--tls-verify=false", reference)
+            podman("pull", "-q", "--tls-verify=false", reference)
         port = str(_free_port())
         options = ["--network=host", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "all", "--user", "23456:34567"]
         options += ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
@@ -114,21 +103,19 @@ def start_image(tmp_path: Path) -> Iterator[StartImage]:
             options += ["--env", f"{name}={value}"]
         for place, inside in (mounts or {}).items():
             options += ["--volume", f"{place}:{inside}:ro"]
-        name = call("run", "--detach", *options, reference)
+        name = podman("run", "--detach", *options, reference)
         for _ in range(600):
             try:
                 if httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200:
                     return f"http://127.0.0.1:{port}"
             except httpx.TransportError:
-                running = call("inspect", "--format", "{{.State.Running}}", name)
-                assert running == "true", subprocess.run([*podman, "logs", name], capture_output=True, text=True)
+                running = podman("inspect", "--format", "{{.State.Running}}", name)
+                assert running == "true", podman.logs(name)
             time.sleep(0.1)
-        raise AssertionError(subprocess.run([*podman, "logs", name], capture_output=True, text=True, check=False))
+        raise AssertionError(podman.logs(name))
 
     yield start
-    subprocess.run([*podman, "rm", "--all", "--force", "--time", "5"], capture_output=True, check=False)
-    subprocess.run([*podman, "system", "reset", "--force"], capture_output=True, check=False)
-    shutil.rmtree(short, ignore_errors=True)
+    podman.close()
 
 
 def _free_port() -> int:

@@ -130,7 +130,7 @@ def test_push_without_a_server(clean: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["push"], "PATH"),
+        (["push"], "there is nothing to push"),
         (["nothing"], "No such command"),
         (["push", "absent.txt"], "no_such_file: there is no file absent.txt"),
         (["push", "absent.txt", "--label", "x"], "has no value"),

@@ -105,9 +105,10 @@ def push(
                     force=force,
                     progress=sent,
                     prepared=total,
+                    told=out.note,
                 )
         except KeyboardInterrupt:
-            out.note("interrupted: the upload was not finished and nothing was stored")
+            out.note("interrupted: the upload was not finished; the same command goes on with it if it was in parts")
             raise typer.Exit(130) from None
         follow(client, out, version, 0.0 if no_wait else wait, deploy=not no_deploy, started=not no_wait)
 
