@@ -6,6 +6,7 @@ python -m tests.k8s.installation [--root FOLDER]
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 import certifi
 import httpx
 
-from tests.cluster import cluster
+from tests.cluster import cluster, programs
 from tests.cluster.workloads import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,7 +160,9 @@ def environment(target: cluster.Cluster) -> dict[str, str]:
 def push_images(target: cluster.Cluster, site: Path) -> None:
     """`make images`, pushed to where the nodes pull, and an overlay in `site` that pins them by digest."""
     argv = ["--push", target.registry.push, "--insecure", "--kustomization", str(site)]
-    subprocess.run([sys.executable, "-m", "scripts.images", *argv], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    with (programs.cache() / ".images.lock").open("w") as lock:  # several clusters may be tested at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, "-m", "scripts.images", *argv], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def surroundings(target: cluster.Cluster) -> dict[str, str]:
