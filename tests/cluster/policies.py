@@ -12,6 +12,7 @@ plugins, and connections that exist are not cut by a later policy. IPv4 only.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import socket
 import ssl
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.cluster import nodes
 
 Object = Mapping[str, Any]
 Key = tuple[str, str]
@@ -192,6 +195,8 @@ class Enforcer:
 
     objects: dict[str, dict[Key, Object]] = field(default_factory=lambda: {kind: {} for kind in _PATHS})
     listed: set[str] = field(default_factory=set)
+    network: ipaddress.IPv4Network = ipaddress.IPv4Network("0.0.0.0/0")
+    """Of the node's own pods; those of simulated nodes have other addresses, and no traffic."""
     addresses: dict[Key, str] = field(default_factory=dict)
     """Addresses that the CNI plugin told before the kubelet did."""
     wanted: int = 0
@@ -256,6 +261,8 @@ class Enforcer:
         ended = status.get("phase") in ("Succeeded", "Failed")
         if not address or ended or value["spec"].get("hostNetwork"):
             return None
+        if ipaddress.IPv4Address(address) not in self.network:
+            return None
         ports = {
             port["name"]: (port.get("protocol", "TCP").lower(), port["containerPort"])
             for container in value["spec"]["containers"]
@@ -309,7 +316,9 @@ def main(root: Path) -> None:
     trust = ssl.create_default_context(cafile=str(root / "pki/ca.crt"))
     trust.load_cert_chain(root / "pki/admin.crt", root / "pki/admin.key")
     address = json.loads((root / "kubeconfig").read_text())["clusters"][0]["cluster"]["server"]
-    enforcer = Enforcer()
+    node = nodes.find(root)
+    assert node is not None
+    enforcer = Enforcer(network=ipaddress.IPv4Network(node.network.pods))
     for kind in _PATHS:
         client = httpx.Client(base_url=address, verify=trust, trust_env=False)
         threading.Thread(target=follow, args=(enforcer, client, kind), daemon=True).start()
