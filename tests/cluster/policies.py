@@ -41,6 +41,7 @@ _PATHS = {
     "networkpolicies": "/apis/networking.k8s.io/v1/networkpolicies",
 }
 _PATIENCE = 15.0
+_EVERYWHERE = ipaddress.IPv4Network("0.0.0.0/0")
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class Enforcer:
 
     objects: dict[str, dict[Key, Object]] = field(default_factory=lambda: {kind: {} for kind in _PATHS})
     listed: set[str] = field(default_factory=set)
-    network: ipaddress.IPv4Network = ipaddress.IPv4Network("0.0.0.0/0")
+    network: ipaddress.IPv4Network = _EVERYWHERE
     """Of the node's own pods; those of simulated nodes have other addresses, and no traffic."""
     addresses: dict[Key, str] = field(default_factory=dict)
     """Addresses that the CNI plugin told before the kubelet did."""
