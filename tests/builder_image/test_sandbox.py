@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -175,3 +176,18 @@ def test_a_program_that_is_not_there_is_told_apart_from_its_failure() -> None:
     )
     assert done.returncode == sandbox.FAILED
     assert "sandbox" in done.stderr
+
+
+@here
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+def test_who_may_read_more_than_its_user_can_still_does(tmp_path: Path) -> None:
+    """In a namespace of its own it would lose that, and with it an interpreter in a folder that only root may enter."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "program").write_text("#!/bin/sh\necho started\n")
+    (closed / "program").chmod(0o755)
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    reading = [*nobody, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    command = [sys.executable, "-I", "-S", sandbox.__file__, json.dumps({"memory": None, "network": False})]
+    done = subprocess.run([*reading, *command, str(closed / "program")], capture_output=True, text=True, check=False)
+    assert done.stdout == "started\n", done.stderr
