@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks import builder, parts
+from benchmarks import another_time, builder, parts
 from benchmarks.figures import ROOT, Figure, Measured, Sample
 
 _NOBODY = 65534
@@ -101,43 +101,10 @@ def _build(bench: parts.Bench, case: Circumstance) -> builder.Built:
         parts.remove(outer)
 
 
-# Time of day only. libfaketime 0.9.10 shifts or spares the clock that waits are measured by, too, and Python 3.11's
-# sleeps then fail or never end.
-_ANOTHER_TIME = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <sys/time.h>
-#include <time.h>
-int clock_gettime(clockid_t id, struct timespec *at) {
-    static int (*real)(clockid_t, struct timespec *);
-    if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
-    int code = real(id, at);
-    if (!code && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) at->tv_sec += FORWARD;
-    return code;
-}
-int gettimeofday(struct timeval *restrict at, void *restrict zone) {
-    struct timespec now;
-    int code = clock_gettime(CLOCK_REALTIME, &now);
-    at->tv_sec = now.tv_sec;
-    at->tv_usec = now.tv_nsec / 1000;
-    return code;
-}
-time_t time(time_t *at) {
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    if (at) *at = now.tv_sec;
-    return now.tv_sec;
-}
-"""
-
-
 def _clock(bench: parts.Bench) -> tuple[tuple[str, ...], str]:
     """Words in front of a command that show it another time of day, and how that is done."""
-    compiler = shutil.which("cc")
-    if compiler is not None:
-        source, library = bench.scratch / "time.c", bench.scratch / "time.so"
-        source.write_text(_ANOTHER_TIME)
-        parts.run([compiler, "-shared", "-fPIC", f"-DFORWARD={_FORWARD}", "-o", library, source, "-ldl"])
+    library = another_time.library(bench.scratch, _FORWARD)
+    if library is not None:
         words = ("env", f"LD_PRELOAD={library}")
         told, _ = parts.run([*words, sys.executable, "-c", "import time; time.sleep(0.01); print(time.time())"])
         if abs(float(told) - time.time() - _FORWARD) < 60 and _works(words):

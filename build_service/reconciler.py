@@ -26,7 +26,11 @@ log = structlog.get_logger(__name__)
 
 _TICK_BUSY, _TICK_IDLE = 0.1, 1.0  # seconds between two rounds
 _LEASE_SECONDS = 30.0
-_RETRY_FIRST = 2.0  # seconds before the second attempt of a build; doubles each time
+# Seconds before the second attempt of a build, and before each further one: a registry that is away for a minute must
+# not use them all up.
+_RETRY_FIRST, _RETRY_NEXT = 2.0, 60.0
+# What a build waits for, as nothing is wrong with it: the attempt is not lost.
+_AWAY = frozenset({"cluster_unreachable", "cluster_error", "store_unavailable"})
 
 
 class Reconciler:
@@ -88,9 +92,11 @@ class Reconciler:
                 build = state.claim_build(connection, self._owner, _LEASE_SECONDS)
             if build is None:
                 break
-            if build.id in self._held:  # cancelled and asked for again before we looked
-                self._give_up(self._held[build.id])
+            before = self._held.get(build.id)
+            ours = before is not None and (before.fence + 1, before.attempts) == (build.fence, build.attempts)
             self._held[build.id] = build
+            if before is not None and not ours:  # not only our lease ran out: it was cancelled and asked for again
+                self._clean_up(before)  # before we looked, or what it had left could not be cleaned up yet
         for build in list(self._held.values()):
             try:
                 self._watch_build(build)
@@ -104,20 +110,29 @@ class Reconciler:
         log.info("build starts", build=build.id, attempt=build.attempts, model=version.name, version=version.number)
         self._platform.submit(BuildOrder(build.id, build.attempts, version, build.image, self._settings.allow_code))
 
+    def _status(self, build: state.Build) -> BuildStatus | None:
+        """How the attempt stands; None where it was submitted only now."""
+        try:
+            status = self._platform.build_status(build.id, build.attempts)
+            if status.state != "missing":
+                return status
+            self._submit(build)  # new, or lost with the process that ran it: the same attempt once more
+            return None
+        except OSError as error:
+            failure = Failure(
+                "build_not_started", f"The build could not be started: {error}.",
+                hint="Look at the room on the disk of the state folder.", user=False,
+            )  # fmt: skip
+        except EkibenError as error:
+            if error.code in _AWAY:
+                return BuildStatus("running", "waiting", [{"stage": "waiting", "message": error.detail}])
+            failure = Failure(error.code, error.detail, error.hint, user=isinstance(error, UserError))
+        return BuildStatus("failed", failure=failure)
+
     def _watch_build(self, build: state.Build) -> None:
-        status = self._platform.build_status(build.id, build.attempts)
-        if status.state == "missing":  # new, or lost with the process that ran it: the same attempt once more
-            try:
-                self._submit(build)
-                return
-            except OSError as error:
-                status = BuildStatus("failed", failure=Failure(
-                    "build_not_started", f"The build could not be started: {error}.",
-                    hint="Look at the room on the disk of the state folder.", user=False,
-                ))  # fmt: skip
-            except EkibenError as error:  # the object store is away, or does not hold what was uploaded
-                failure = Failure(error.code, error.detail, error.hint, user=isinstance(error, UserError))
-                status = BuildStatus("failed", failure=failure)
+        status = self._status(build)
+        if status is None:
+            return
         if status.state == "running":
             values = {"lease_until": now() + _LEASE_SECONDS, "stage": status.stage, "stages": status.stages}
             with self._database.write() as connection:
@@ -128,32 +143,44 @@ class Reconciler:
         with self._database.write() as connection:
             if status.state == "succeeded":
                 assert status.result is not None
-                done = state.change_build(
-                    connection, build, state="succeeded", stage=None, stages=status.stages, result=status.result,
-                    finished=now(), reason=None, code=None, hint=None,
-                )  # fmt: skip
-                if done and status.result.get("lock"):
-                    versions.change(connection, build.version_id, lock=status.result["lock"])
-                metrics.BUILDS.labels("succeeded").inc()
-                log.info("build succeeded", build=build.id)
+                self._build_succeeded(connection, build, status)
             else:
                 assert status.failure is not None
-                self._build_failed(connection=connection, build=build, failure=status.failure)
+                self._build_failed(connection, build, status.failure)
         # Only now: an attempt of the same number may come again, and must not find this one's end.
         self._give_up(build)
         self.wake()
+
+    def _build_succeeded(self, connection: Connection, build: state.Build, status: BuildStatus) -> None:
+        assert status.result is not None
+        # The same inputs give the same digest each time they are built; `making` tells one time from another.
+        result = {**status.result, "making": build.fence}
+        done = state.change_build(
+            connection, build, state="succeeded", stage=None, stages=status.stages, result=result, finished=now(),
+            reason=None, code=None, hint=None,
+        )  # fmt: skip
+        if not done:  # it was told before, or another goes on with it
+            return
+        if result.get("lock"):
+            versions.change(connection, build.version_id, lock=result["lock"])
+        metrics.BUILDS.labels("succeeded").inc()
+        log.info("build succeeded", build=build.id)
 
     def _build_failed(self, connection: Connection, build: state.Build, failure: Failure) -> None:
         version = versions.by_id(connection, build.version_id)
         if failure.code == "build_crashed" and version.deleted is not None:
             failure = Failure("version_deleted", f"{version.title} was deleted while it was built.")
-        again = not failure.user and build.attempts < self._settings.build_attempts
+        lasts = failure.user or (failure.code in state.DAMAGED and failure.stage in (None, "fetch"))
+        again = not lasts and build.attempts < self._settings.build_attempts
         values = {"stage": failure.stage, "reason": failure.message, "code": failure.code, "hint": failure.hint}
         if again:
-            wait = _RETRY_FIRST * 2 ** (build.attempts - 1)
-            state.change_build(connection, build, state="queued", not_before=now() + wait, **values)
+            wait = _RETRY_FIRST if build.attempts == 1 else _RETRY_NEXT
+            done = state.change_build(connection, build, state="queued", not_before=now() + wait, **values)
         else:
-            state.change_build(connection, build, state="failed", finished=now(), **values)
+            done = state.change_build(connection, build, state="failed", finished=now(), **values)
+        if not done:  # it was told before, or another goes on with it
+            return
+        if not again:
             metrics.BUILDS.labels("failed").inc()
         state.record(
             connection,
@@ -165,9 +192,19 @@ class Reconciler:
         log.warning("build failed", build=build.id, code=failure.code, reason=failure.message, retried=again)
 
     def _give_up(self, build: state.Build) -> None:
-        """The build has ended, was cancelled, or its lease went to another."""
-        self._platform.cancel(build.id, build.attempts)
+        """The build has ended, was cancelled, or its lease went to another, who goes on with what runs of it."""
+        with self._database.read() as connection:
+            current = state.build(connection, build.id)
+        others = current.state == "running" and current.lease_owner != self._owner
+        if not others or current.attempts != build.attempts:
+            self._platform.cancel(build.id, build.attempts)
         self._held.pop(build.id, None)
+
+    def _clean_up(self, build: state.Build) -> None:
+        try:
+            self._platform.cancel(build.id, build.attempts)
+        except EkibenError as error:  # its time runs out by itself
+            log.warning("an attempt is not cleaned up", build=build.id, attempt=build.attempts, error=error.detail)
 
     # --- deployments ------------------------------------------------------------------------------------------------
 
@@ -194,7 +231,7 @@ class Reconciler:
             self._not_taken(held, wanted, failure, "BuildFailed")
             return True
         if not self._platform.holds(build.result):
-            self._rebuild(build)
+            self._rebuild(held, build, None)
             return True
         with self._database.write() as connection:
             if state.change_deployment(connection, held, state="rolling", reason=None, code=None, hint=None):
@@ -222,6 +259,9 @@ class Reconciler:
         self._platform.apply(self._order(held, wanted, build))
         observed = self._platform.observe(held.name)
         if observed.failed == wanted.number and observed.failure is not None:
+            if self._built_before(wanted, build):
+                self._start_anew(held, wanted, build, observed.failure)
+                return True
             self._not_taken(held, wanted, observed.failure, "RolledBack")
         elif observed.revision == wanted.number and observed.ready >= held.replicas:
             self._went_live(held, wanted, observed)
@@ -318,8 +358,8 @@ class Reconciler:
         observed = self._platform.observe(held.name)
         self._tell_crashes(held, wanted, observed)
         self._tell_waiting(held, observed)
-        if observed.ready == 0 and build.result is not None and not self._platform.holds(build.result):
-            self._rebuild(build)
+        if observed.ready < held.replicas and build.result is not None and not self._platform.holds(build.result):
+            self._rebuild(held, build, observed.failure or observed.waiting)
         return observed.ready < held.replicas
 
     def _tell_crashes(self, held: state.Deployment, wanted: state.Revision, observed: Observed) -> None:
@@ -353,10 +393,31 @@ class Reconciler:
                     connection, held, reason=waiting.message, code=waiting.code, hint=waiting.hint
                 )  # fmt: skip
 
-    def _rebuild(self, build: state.Build) -> None:
-        log.warning("what a build had left is gone; it runs again", build=build.id)
+    def _built_before(self, wanted: state.Revision, build: state.Build) -> bool:
+        """What the revision needs is gone, and was made before it was asked for. What was made for it and cannot be
+        found is no loss but a fault of the way there, which another time would not mend."""
+        assert build.result is not None
+        made = build.finished or 0.0
+        return not self._platform.holds(build.result) and made < wanted.created
+
+    def _start_anew(self, held: state.Deployment, wanted: state.Revision, build: state.Build, why: Failure) -> None:
         with self._database.write() as connection:
-            state.rebuild(connection, build.id)
+            if not state.change_deployment(connection, held, state="pending"):
+                return
+            state.change_revision(connection, held.name, wanted.number, state="pending")
+        if held.live is None:  # else it is what runs next, in place of this
+            self._platform.delete(held.name)
+        self._rebuild(held, build, why)
+
+    def _rebuild(self, held: state.Deployment, build: state.Build, why: Failure | None) -> None:
+        words = "What its build had left is gone" if why is None else why.message.rstrip(".")
+        with self._database.write() as connection:
+            if not state.rebuild(connection, build.id):
+                return
+            state.record(
+                connection, f"deployment/{held.name}", "Rebuilding", f"{words}. It is built again.", type="Warning"
+            )
+        log.warning("what a build had left is gone; it runs again", build=build.id)
         self.wake()
 
     def _ended(self, held: state.Deployment, wanted: state.Revision, build: state.Build) -> bool:

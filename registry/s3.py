@@ -20,7 +20,7 @@ import urllib.request
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 from minio import Minio
+from minio import time as amz
 from minio.credentials.credentials import Credentials
 from minio.credentials.providers import (
     AWSConfigProvider,
@@ -55,6 +56,7 @@ _START_PATIENCE = 30.0  # seconds that a service which is not up yet is waited f
 _CONNECTIONS = 32
 _PAGE = 1000  # keys of one request
 _LONGEST_WORDS = 300  # characters of a server's own message
+_CLOCKS_DIFFER = timedelta(minutes=5)  # from here on a refusal may be for the time
 _WRITER = "x-amz-meta-ekiben-writer"  # says who wrote an object, for one who did not hear the answer
 
 # Answers that say nothing about the request: the same one may go well in a moment. The Versity gateway finds a
@@ -129,6 +131,34 @@ class _Machine(ChainedProvider):
             ) from error
 
 
+class _Client(Minio):
+    """MinIO's client on a machine whose clock may be wrong. A service refuses what is signed at another time than its
+    own (15 minutes off at most), so the time that its refusal bears is signed with from then on."""
+
+    behind = timedelta()  # what this machine's clock lacks of the service's
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.behind
+
+    def _build_headers(self, *given: Any, **named: Any) -> tuple[dict[str, Any], datetime]:
+        headers, _ = super()._build_headers(*given, **named)
+        date = self.now()
+        headers["x-amz-date"] = amz.to_amz_date(date)
+        return headers, date
+
+    def _url_open(self, *given: Any, **named: Any) -> Any:
+        headers = dict(named.get("headers") or {})
+        try:
+            return super()._url_open(*given, **named)
+        except S3Error as error:
+            told = datetime.fromtimestamp(_date(error.response.headers), UTC)
+            if error.response.status not in (400, 403) or abs(told - self.now()) < _CLOCKS_DIFFER:
+                raise
+            self.behind = told - datetime.now(UTC)
+            log.warning("this machine's clock and the object store's differ by %s", self.behind)
+        return super()._url_open(*given, **{**named, "headers": headers})
+
+
 class MultipartMissing(Exception):
     """The multipart upload was completed or aborted."""
 
@@ -143,11 +173,11 @@ class Bucket:
             else _Machine()
         )
         self._client = self._connect(config.endpoint, config.region)
-        self._presigner: Minio | None = None
+        self._presigner: _Client | None = None
 
-    def _connect(self, endpoint: str, region: str | None) -> Minio:
+    def _connect(self, endpoint: str, region: str | None) -> _Client:
         parts = urlsplit(endpoint)
-        return Minio(
+        return _Client(
             parts.netloc,
             secure=parts.scheme == "https",
             region=region,
@@ -365,7 +395,8 @@ class Bucket:
                 # The region goes into the signature. The other name of the service may not be reachable from here.
                 region = self._client._get_region(self.name)
                 self._presigner = self._connect(self._config.presign_endpoint or self._config.endpoint, region)
-            return str(self._presigner.get_presigned_url(method, self.name, key, timedelta(seconds=seconds)))
+            life, date = timedelta(seconds=seconds), self._client.now()
+            return str(self._presigner.get_presigned_url(method, self.name, key, life, request_date=date))
 
         return self._try("sign a URL", presign)
 

@@ -31,6 +31,7 @@ _POLL_SECONDS = 1.0
 _CHUNK = 64 * 1024  # bytes of a chunk that is not waited with
 _MANY = 60  # chunks; from there on they are made less often
 _PATIENT_SECONDS = 5.0
+_LEFT_SECONDS = 60.0  # without a question for it an attempt that runs is another replica's
 _LONGEST_LINE = 16 * 1024
 _TRUNCATED = "The rest of this log is truncated: the build's pod is gone."
 
@@ -47,6 +48,7 @@ class _Collected:
     pending: list[str] = field(default_factory=list)
     size: int = 0
     written: float = field(default_factory=time.monotonic)
+    asked: float = field(default_factory=time.monotonic)
     stages: list[dict[str, Any]] = field(default_factory=list)
     ended: bool = False
 
@@ -85,9 +87,11 @@ class BuildLogs:
             self._thread.join(10)
 
     def collect(self, build: str, attempt: int) -> None:
-        """From now on, until it ends."""
+        """From now on, until it ends or nobody asks for it any more."""
         with self._lock:
-            if (build, attempt) not in self._open:
+            if (found := self._open.get((build, attempt))) is not None:
+                found.asked = time.monotonic()
+            else:
                 self._open[build, attempt] = _Collected(build, attempt, chunks=-1)
                 self._look.set()
 
@@ -154,6 +158,8 @@ class BuildLogs:
     def _run(self) -> None:
         while not self._stop.is_set():
             with self._lock:
+                for each in [each for each in self._open.values() if self._is_left(each)]:
+                    del self._open[each.build, each.attempt]
                 found = [each for each in self._open.values() if not each.ended]
             for each in found:
                 try:
@@ -164,6 +170,10 @@ class BuildLogs:
                     log.exception("the log of a build stumbled", build=each.build)
             self._look.wait(_POLL_SECONDS if found else None)
             self._look.clear()
+
+    def _is_left(self, each: _Collected) -> bool:
+        silent = time.monotonic() - each.asked > _LEFT_SECONDS
+        return silent and not each.ended and not self._over(each.build, each.attempt)
 
     def _step(self, each: _Collected) -> None:
         if each.chunks < 0:

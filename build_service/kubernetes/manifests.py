@@ -83,11 +83,18 @@ def deployment(order: RevisionOrder, settings: Settings, kind_memory: str) -> Ob
             # Kubernetes' own deadline undoes nothing and says nothing that the control loop does not say better.
             "progressDeadlineSeconds": 86400,
             "template": {
-                "metadata": {"labels": {**selector, **about}},
+                "metadata": {"labels": {**selector, **about}, **_making(order)},
                 "spec": _serving_pod(order, settings, kind_memory),
             },
         },
     }
+
+
+def _making(order: RevisionOrder) -> Object:
+    """An image that was lost and made again has the digest it had: new pods pull it at once, where those that did not
+    find it would wait ever longer."""
+    making = order.build.get("making")
+    return {} if making is None else {"annotations": {names.MAKING: str(making)}}
 
 
 def _serving_pod(order: RevisionOrder, settings: Settings, kind_memory: str) -> Object:

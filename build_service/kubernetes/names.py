@@ -16,6 +16,7 @@ FORGOTTEN = "ekiben.dev/forgotten"  # a finished Job that its build does not ask
 REACHABLE = "ekiben.dev/reachable-by-builds"  # on pods of the registry and the store, when they run in the cluster
 
 APPLIED = "ekiben.dev/applied"  # annotation: digest of what was applied
+MAKING = "ekiben.dev/making"  # annotation of pods: which making of their image they are to pull
 FENCE = "ekiben.dev/fence"  # annotation: fencing token of the lease that it was applied under
 
 OURS = {MANAGED_BY: MANAGER}

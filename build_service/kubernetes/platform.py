@@ -83,7 +83,9 @@ class KubernetesPlatform:
         self._asking: set[tuple[str, int]] = set()
         self._refused_builds: dict[tuple[str, int], Failure] = {}
         self._results: dict[tuple[str, int], dict[str, Any]] = {}
-        self._lost_images: set[str] = set()  # digests that a node did not find in the registry
+        self._looked: dict[tuple[str, int], float] = {}  # for the result of an attempt
+        self._steps = Steps()
+        self._lost_images: dict[str, int] = {}  # by digest, the making that a node did not find in the registry
         self._policy_applied = False
         self._askers = ThreadPoolExecutor(4, thread_name_prefix="golden-sample")
         self._cluster = Cluster(settings.kubeconfig, watched, self._changed, resync_seconds=settings.resync_seconds)
@@ -173,7 +175,7 @@ class KubernetesPlatform:
 
     def holds(self, result: dict[str, Any]) -> bool:
         image = result.get("image")
-        return image is not None and image["digest"] not in self._lost_images
+        return image is not None and result.get("making", 0) > self._lost_images.get(image["digest"], -1)
 
     def build_log(self, order_id: str, *, follow: bool) -> Iterator[str]:
         return self._logs.read(order_id, follow=follow)
@@ -197,7 +199,7 @@ class KubernetesPlatform:
                 )
                 return BuildStatus("failed", None, stages, None, failure)
             self._results[key] = result
-            self._lost_images.discard(result["image"]["digest"])
+        self._steps.ended(order_id, attempt, well=True)
         return BuildStatus("succeeded", None, result.get("stages", stages), result)
 
     def _job(self, order_id: str, attempt: int) -> Object | None:
@@ -283,8 +285,10 @@ class KubernetesPlatform:
             known, checked = self._outcome(deployment, newest, pods)
             seen = replace(seen, revision=newest, ready=ready[newest] if known else 0, checked=checked)
         if rolled:
-            return seen
-        return self._with_reason(seen, deployment, live, [pod for pod in pods if _revision(pod) == newest])
+            refused = reasons.of_routes(self._cluster.of(self._route_kind, self._models_in, deployment))
+            return replace(seen, waiting=refused)
+        new = [pod for pod in pods if _revision(pod) == newest and _making(pod) == _making(live["spec"]["template"])]
+        return self._with_reason(seen, deployment, live, new)
 
     def observe_all(self) -> dict[str, Observed]:
         self._need_lists()
@@ -441,7 +445,8 @@ class KubernetesPlatform:
         if finding is None or revision is None:
             return seen
         if finding.failure.code == "image_not_found" and live is not None:
-            self._lost_images.add(_digest(live))
+            digest = _digest(live)
+            self._lost_images[digest] = max(_making(live["spec"]["template"]), self._lost_images.get(digest, 0))
         if self._lasts((deployment, revision, finding.failure.code), finding):
             return replace(seen, failed=revision, failure=finding.failure)
         return replace(seen, waiting=finding.failure)
@@ -560,6 +565,11 @@ def _ready(pod: Object) -> bool:
 
 def _revision(pod: Object) -> int:
     return int(pod["metadata"]["labels"].get(names.REVISION, 0))
+
+
+def _making(of: Object) -> int:
+    """Of a pod, or of a Deployment's template."""
+    return int((of["metadata"].get("annotations") or {}).get(names.MAKING, 0))
 
 
 def _restarts(pod: Object) -> int:

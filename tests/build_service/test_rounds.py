@@ -6,7 +6,7 @@ The platform here is one in memory, on which everything is ready at once: the lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +14,11 @@ import pytest
 from sqlalchemy import event, select, update
 
 from build_service import state
-from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, RevisionOrder
 from build_service.reconciler import Reconciler
 from build_service.settings import Settings
 from registry import versions
 from registry.database import Database
-
-
-@dataclass
-class InMemory:
-    """Runs nothing, and keeps to the contract of the seam."""
-
-    runs: dict[str, RevisionOrder] = field(default_factory=dict)
-    crashed: dict[str, int] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
-
-    def submit(self, order: BuildOrder) -> None:
-        raise AssertionError("nothing is built here")
-
-    def build_status(self, order_id: str, attempt: int) -> BuildStatus:
-        return BuildStatus("missing")
-
-    def cancel(self, order_id: str, attempt: int) -> None: ...
-
-    def holds(self, result: dict[str, Any]) -> bool:
-        self.asked.append("holds")
-        return True
-
-    def apply(self, order: RevisionOrder) -> None:
-        self.asked.append("apply")
-        self.runs[order.deployment] = order
-
-    def observe(self, deployment: str) -> Observed:
-        return self.observe_all().get(deployment, Observed())
-
-    def observe_all(self) -> dict[str, Observed]:
-        return {
-            name: Observed(
-                order.revision, order.replicas, applied=order.terms, crashes=self.crashed.get(name, 0),
-                crash=Failure("serving_crashed", "It ended.") if name in self.crashed else None,
-            )
-            for name, order in self.runs.items()
-        }  # fmt: skip
-
-    def delete(self, deployment: str) -> None:
-        self.asked.append("delete")
-        self.runs.pop(deployment, None)
-
-    def build_log(self, order_id: str, *, follow: bool) -> Iterator[str]:
-        return iter(())
-
-    def serving_log(self, deployment: str, *, follow: bool, ended: Callable[[], bool]) -> Iterator[str]:
-        return iter(())
-
-    def close(self) -> None: ...
+from tests.in_memory import InMemory
 
 
 @pytest.fixture

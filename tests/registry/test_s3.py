@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
 import re
 import socket
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ import pytest
 from minio import MinioAdmin
 from minio.credentials import StaticProvider
 
+from benchmarks.another_time import library as another_time
 from registry import s3 as s3_module
 from registry import s3_store
 from registry.errors import EkibenError, InfrastructureError
@@ -581,3 +584,34 @@ def test_a_store_is_described_without_its_secret() -> None:
     config = S3Config("http://127.0.0.1:9", "models", ACCESS, SECRET)
     for text in (repr(config), repr(Bucket(config)), repr(S3Store(Bucket(config)))):
         assert SECRET not in text
+
+
+OF_AN_HOUR = """
+import sys, time
+from registry.s3 import Bucket, S3Config
+from registry.s3_store import S3Store
+endpoint, bucket, access, secret = sys.argv[1:]
+store = S3Store(Bucket(S3Config(endpoint, bucket, access, secret, "us-east-1")))
+store.prepare()
+writer = store.writer("builds/b/1/spec.json")
+writer.write(b"of another hour")
+writer.commit()
+with store.open("builds/b/1/spec.json") as stream:
+    assert stream.read() == b"of another hour"
+print(time.time())
+print(store.presign_get("builds/b/1/spec.json", 600))
+"""
+
+
+def test_a_clock_that_is_an_hour_off_is_no_hindrance(s3: Server, bucket: str, tmp_path: Path) -> None:
+    preloaded = another_time(tmp_path, 3600)
+    if preloaded is None:
+        pytest.skip("cc is not installed (apt-get install gcc)")
+    done = subprocess.run(
+        [sys.executable, "-c", OF_AN_HOUR, s3.endpoint, bucket, ACCESS, SECRET],
+        env={**os.environ, "LD_PRELOAD": str(preloaded)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    at, url = done.stdout.split()
+    assert float(at) - time.time() > 3000
+    assert httpx.get(url, trust_env=False).content == b"of another hour"
