@@ -83,8 +83,6 @@ class KubernetesPlatform:
         self._asking: set[tuple[str, int]] = set()
         self._refused_builds: dict[tuple[str, int], Failure] = {}
         self._results: dict[tuple[str, int], dict[str, Any]] = {}
-        self._looked: dict[tuple[str, int], float] = {}  # for the result of an attempt
-        self._steps = Steps()
         self._lost_images: dict[str, int] = {}  # by digest, the making that a node did not find in the registry
         self._policy_applied = False
         self._askers = ThreadPoolExecutor(4, thread_name_prefix="golden-sample")
@@ -199,7 +197,6 @@ class KubernetesPlatform:
                 )
                 return BuildStatus("failed", None, stages, None, failure)
             self._results[key] = result
-        self._steps.ended(order_id, attempt, well=True)
         return BuildStatus("succeeded", None, result.get("stages", stages), result)
 
     def _job(self, order_id: str, attempt: int) -> Object | None:
@@ -285,8 +282,7 @@ class KubernetesPlatform:
             known, checked = self._outcome(deployment, newest, pods)
             seen = replace(seen, revision=newest, ready=ready[newest] if known else 0, checked=checked)
         if rolled:
-            refused = reasons.of_routes(self._cluster.of(self._route_kind, self._models_in, deployment))
-            return replace(seen, waiting=refused)
+            return seen
         new = [pod for pod in pods if _revision(pod) == newest and _making(pod) == _making(live["spec"]["template"])]
         return self._with_reason(seen, deployment, live, new)
 
