@@ -207,6 +207,12 @@ def authorities(target: cluster.Cluster) -> dict[str, object]:
     return {"apiVersion": "v1", "kind": "List", "items": made}
 
 
+def ready(target: cluster.Cluster, seconds: int = 240) -> None:
+    """Every part is rolled out."""
+    for what in target.kubectl("-n", "ekiben", "get", "deployments,statefulsets", "-o", "name").split():
+        target.kubectl("-n", "ekiben", "rollout", "status", what, f"--timeout={seconds}s", timeout=seconds + 10)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=cluster.ROOT)
