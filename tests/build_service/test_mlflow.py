@@ -267,7 +267,7 @@ def tracking_server(tmp_path: Path, until: Until) -> Iterator[str]:
     argv = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     argv += ["--backend-store-uri", f"sqlite:///{tmp_path / 'tracking.db'}"]
     argv += ["--artifacts-destination", str(tmp_path / "artifacts")]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (tmp_path / "tracking.log").open("wb") as log:
         process = subprocess.Popen(argv, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
