@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import structlog
 from sqlalchemy import Connection
@@ -308,14 +310,11 @@ class Reconciler:
         back = held.live is not None and held.live != wanted.number
         with self._database.write() as connection:
             version = versions.by_id(connection, wanted.version_id)
-            values = {"reason": failure.message, "code": failure.code, "hint": failure.hint}
-            changed = state.change_deployment(
-                connection,
-                held,
-                state="rolled_back" if back else "failed",
-                **({"desired": held.live} if back else {}),
-                **values,
-            )
+            values: dict[str, Any] = {"reason": failure.message, "code": failure.code, "hint": failure.hint}
+            if held.live is not None and back:
+                live = state.revision(connection, held.name, held.live)
+                values |= {"desired": live.number, **(live.settings or {})}
+            changed = state.change_deployment(connection, held, state="rolled_back" if back else "failed", **values)
             if not changed:
                 return
             failed_build = reason == "BuildFailed"
@@ -381,7 +380,7 @@ class Reconciler:
                     state.change_deployment(
                         connection, held, reason=failure.message, code=failure.code, hint=failure.hint
                     )
-            elif held.state == "live" and held.reason is not None and observed.ready >= held.replicas:
+            elif held.state == "live" and held.reason is not None and _is_well(observed, held.replicas):
                 state.change_deployment(connection, held, reason=None, code=None, hint=None)
 
     def _tell_waiting(self, held: state.Deployment, observed: Observed) -> None:
@@ -440,10 +439,16 @@ class Reconciler:
         with self._database.read() as connection:
             version = versions.by_id(connection, wanted.version_id)
             default = state.default_deployment(connection)
-        return RevisionOrder(
+        order = RevisionOrder(
             held.name, wanted.number, version, build.result, held.replicas, held.resources, held.strategy, proven,
             default is not None and default.name == held.name, held.fence,
         )  # fmt: skip
+        # What is live keeps to what it was asked for with, until what is wanted in its place has shown that it can run.
+        return order if wanted.number == held.desired else replace(order, **(wanted.settings or {}))
+
+
+def _is_well(observed: Observed, replicas: int) -> bool:
+    return observed.ready >= replicas and observed.waiting is None
 
 
 def _needs_a_step(standing: state.Standing, seen: Observed | None) -> bool:
@@ -457,7 +462,7 @@ def _needs_a_step(standing: state.Standing, seen: Observed | None) -> bool:
         return observed.applied == wanted
 
     if standing.revision_state == "live":
-        mended = standing.state == "live" and standing.reason is not None and observed.ready >= standing.replicas
+        mended = standing.state == "live" and standing.reason is not None and _is_well(observed, standing.replicas)
         waits = observed.waiting is not None and observed.waiting.message != standing.reason
         return mended or waits or not applied(standing.desired) or observed.crashes != standing.told_crashes
     if standing.revision_state == "pending":

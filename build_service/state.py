@@ -108,6 +108,7 @@ revisions = Table(
     Column("rolling_since", Float),
     Column("deadline", Float),
     Column("live_since", Float),
+    Column("settings", JSON),  # the deployment's with which it was asked for last; none of before 0003
 )
 
 told_crashes = Table(  # how many of a deployment's crashes its events tell, whichever replica of the service told them
@@ -207,6 +208,7 @@ class Revision:
     rolling_since: float | None
     deadline: float | None
     live_since: float | None
+    settings: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -483,6 +485,8 @@ def target(
     Asking for what is already wanted, with nothing else changed, makes no revision.
     """
     row = connection.execute(select(deployments).where(deployments.c.name == name)).one_or_none()
+    before = {} if row is None else {key: getattr(row, key) for key in ("replicas", "resources", "strategy")}
+    settings = {**before, **values}
     if row is not None and row.deleted is None and rollback_of is None:
         wanted = revision(connection, name, row.desired)
         same = wanted.version_id == version_id and wanted.build_id == build_id
@@ -491,6 +495,7 @@ def target(
                 connection.execute(
                     update(deployments).where(deployments.c.name == name).values(updated=now(), **values)
                 )
+                change_revision(connection, name, wanted.number, settings=settings)
             return wanted
     last = connection.execute(
         select(func.max(revisions.c.number)).where(revisions.c.deployment == name)
@@ -498,7 +503,10 @@ def target(
     number = (last or 0) + 1
     made = connection.execute(
         insert(revisions)
-        .values(deployment=name, number=number, version_id=version_id, build_id=build_id, rollback_of=rollback_of)
+        .values(
+            deployment=name, number=number, version_id=version_id, build_id=build_id, rollback_of=rollback_of,
+            settings=settings,
+        )
         .returning(revisions)
     ).one()
     if row is None:
