@@ -11,7 +11,6 @@ import ast
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +24,8 @@ from builder_image.installer import Tools
 from builder_image.spec import BuildSpec
 from registry.errors import UserError
 
+BENTOML = "1.4.39"
+"""For projects that do not say which: what the kinds are served with. The builder itself needs none."""
 _OLDEST_BENTOML = Version("1.4")
 _REQUIREMENT_FILES = ("pylock.toml", "uv.lock", "requirements.txt")
 _WAY_OUT = "build this image with `bentoml containerize`, or name a base image that already has it"
@@ -300,9 +301,9 @@ def _requirements(project: Project, wishes: Wishes, found: model.Model, work: Pa
 
 
 def _with_bentoml(lines: Sequence[str]) -> list[str]:
-    """A project may leave BentoML out, as BentoML itself lets it: then the builder's version is taken."""
+    """A project may leave BentoML out, as BentoML itself lets it: then it gets that of the kinds."""
     names = {canonicalize_name(Requirement(line.split(" --hash=")[0]).name) for line in lines}
-    return list(lines) if "bentoml" in names else [*lines, f"bentoml=={version('bentoml')}"]
+    return list(lines) if "bentoml" in names else [*lines, f"bentoml=={BENTOML}"]
 
 
 def _check_bentoml(resolved: lock.Lock) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from builder_image import project
+from builder_image import lock, project
 from registry.errors import UserError
 
 SERVICE = "import bentoml\n\n@bentoml.service\nclass Mine:\n    pass\n"
@@ -112,3 +112,9 @@ def test_a_folder_without_any_service_is_no_project(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         make(tmp_path, model_txt="tree")
     assert caught.value.code == "bad_project"
+
+
+def test_a_project_that_names_no_bentoml_gets_that_of_the_kinds() -> None:
+    bentos = Path(__file__).resolve().parents[2] / "bentos"
+    locks = [lock.parse(file.read_text()) for file in bentos.glob("*/requirements.txt")]
+    assert {each.version("bentoml") for each in locks} == {project.BENTOML}
