@@ -16,13 +16,18 @@ FORMAT = 1  # of what a build leaves behind; raised when equal inputs would give
 
 
 def of_build(version: Version, kind_digest: str | None, image: dict[str, Any] | None, settings: Settings) -> str:
-    """Digest of everything that a build's result depends on."""
+    """Digest of everything that a build's result depends on.
+
+    The build that every version gets makes its lock, and keeps to it when it runs again: that makes no other build. For
+    an image that somebody asks for, the lock is given.
+    """
+    asked = image is not None and image != image_of(settings, version)
     return digest.of_json(
         {
             "format": FORMAT,
             "version": version.digest,
             "kind": kind_digest,
-            "lock": digest.of_bytes(version.lock.encode()) if version.lock and image else None,
+            "lock": digest.of_bytes(version.lock.encode()) if version.lock and asked else None,
             "image": image,
             **_builder(settings),
         }
