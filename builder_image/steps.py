@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # what a step needs it imports itself: most builds have nothi
     from builder_image.fetching import Store
     from builder_image.installer import Tools
     from builder_image.layers import Layer
-    from builder_image.spec import BuildSpec
+    from builder_image.spec import BuildSpec, ImageOrder
     from builder_image.staging import Recall
 
 _LARGEST_SPEC, _LARGEST_MANIFEST = 64 << 20, 64 << 20
@@ -248,7 +248,7 @@ def _prepare(step: Step, spec: BuildSpec, recipe: Recipe, tools: Tools) -> Envir
     from builder_image import environment, packing
 
     assert spec.image is not None
-    with packing.bench(spec, spec.image, recipe, step.progress, tools) as at:
+    with packing.bench(spec, _to_read(spec.image, step.env), recipe, step.progress, tools) as at:
         at = at.with_recall(_as_far_as_allowed(at.kept.recall))
         at.dependencies()
         if at.found_code() is not None:
@@ -257,6 +257,16 @@ def _prepare(step: Step, spec: BuildSpec, recipe: Recipe, tools: Tools) -> Envir
             return environment.ensure(
                 recipe.lock, python=recipe.python, cache=step.environments, tools=tools, wheels=recipe.wheels
             )
+
+
+def _to_read(order: ImageOrder, env: Mapping[str, str]) -> ImageOrder:
+    """The registry under the address that this step knows, where that is one of its own: it needs to read only."""
+    from builder_image.remote import Reference
+
+    host = env.get("EKIBEN_REGISTRY_READ")
+    if not host or order.push is None:
+        return order
+    return replace(order, push=replace(order.push, ref=str(replace(Reference.parse(order.push.ref), host=host))))
 
 
 def _as_far_as_allowed(recall: Recall) -> Recall:
@@ -374,7 +384,8 @@ def _bento(step: Step, plan: Mapping[str, Any], spec: BuildSpec, recipe: Recipe)
     from builder_image import bento
 
     def made() -> Bento:
-        if plan["inspect"] is None:
+        # Where nothing was to be imported, the pod may have had no step that imports.
+        if plan["inspect"] is None or not os.path.lexists(step.answer):
             raise InfrastructureError(
                 "layer_missing", "the code layer that the registry had is not there any more", hint="build again"
             )

@@ -316,6 +316,8 @@ def _build_pod(order: BuildOrder, settings: Settings, spec_url: str, result_url:
         }
 
     auth = {"EKIBEN_REGISTRY_AUTH": f"{names.PULL_AUTH}/config.json"} if reads else {}
+    if settings.registry_read:
+        auth["EKIBEN_REGISTRY_READ"] = settings.registry_read
     fetch = step("fetch", {"EKIBEN_SPEC_URL": spec_url, **auth, **network, **_indexes(settings)}, [*trusted, *reads])
     if settings.index_secret:
         fetch["envFrom"] = [{"secretRef": {"name": settings.index_secret}}]

@@ -29,13 +29,15 @@ _SECONDS = 30
 
 @dataclass(frozen=True)
 class Places:
-    """Where the parts are reached. Push and pull are the registry's HOST:PORT for builds and for nodes."""
+    """Where the parts are reached. The registry's HOST:PORT are those where builds push, where they read, and where
+    nodes pull."""
 
     namespace: str = "ekiben"
     builds: str = "ekiben-builds"
     models: str = "ekiben-models"
     database: str = "postgres.ekiben.svc:5432"
     push: str = "registry.ekiben.svc:5000"
+    read: str = "registry.ekiben.svc:5001"
     pull: str = "localhost:30500"
 
 
@@ -84,10 +86,10 @@ def wanted(seed: bytes, places: Places) -> Iterator[tuple[str, dict[str, object]
     yield places.namespace, _secret("ekiben-database", {"url": f"postgresql+psycopg://{database}/ekiben"})
     yield places.namespace, _secret("ekiben-mlflow", {"database-url": f"postgresql+psycopg2://{database}/mlflow"})
     yield places.namespace, _secret("ekiben-s3", {"access-key": "ekiben", "secret-key": password("s3")})
-    registry = {"push": users("push", "read"), "pull": users("pull"), "http-secret": password("http")}
+    registry = {"push": users("push"), "pull": users("read", "pull"), "http-secret": password("http")}
     yield places.namespace, _secret("ekiben-registry", registry)
     yield places.builds, _secret("ekiben-registry-push", login("push", places.push), docker)
-    yield places.builds, _secret("ekiben-registry-read", login("read", places.push), docker)
+    yield places.builds, _secret("ekiben-registry-read", login("read", places.read), docker)
     for namespace in (places.builds, places.models):
         yield namespace, _secret("ekiben-registry-pull", login("pull", places.pull), docker)
 

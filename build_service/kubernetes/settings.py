@@ -15,7 +15,9 @@ from build_service.quantities import parse_amount
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 _LABEL_KEY = re.compile(r"(?:[a-z0-9.-]{1,253}/)?[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _LABEL_VALUE = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
-_HOST = re.compile(r"(?:\*\.)?[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
+_HOST_LABEL = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_HOST = re.compile(rf"(?=.{{1,253}}$)(?:\*\.)?{_HOST_LABEL}(?:\.{_HOST_LABEL})*")
+_ADDRESS = re.compile(r"[0-9.]+")
 _REPOSITORY = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*(?:/[a-z0-9]+(?:[._-][a-z0-9]+)*)*")
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 
@@ -46,6 +48,11 @@ class ClusterSettings(BaseSettings):
     registry_pull: str | None = Field(
         None,
         description="The same registry as nodes reach it, which often resolve no cluster name; default: as builds.",
+    )
+    registry_read: str | None = Field(
+        None,
+        description="The same registry at an address where nobody can push, if it has one, for the step of builds that "
+        "asks which layers are there; default: as builds push.",
     )
     registry_repository: str = Field("ekiben", description="Repository of all images of this installation.")
     registry_insecure: bool = Field(False, description="Builds reach the registry by plain HTTP.")
@@ -192,8 +199,11 @@ class ClusterSettings(BaseSettings):
     @field_validator("ingress_host")
     @classmethod
     def _host(cls, value: str) -> str:
+        """What neither an Ingress nor an HTTPRoute can say would be refused by the cluster, for each model anew."""
         if value and _HOST.fullmatch(value) is None:
-            raise ValueError(f"{value!r} is no host name; write it without a scheme and a port")
+            raise ValueError(f"{value!r} is no host name; write it in lower case, without a scheme and a port")
+        if value and _ADDRESS.fullmatch(value):
+            raise ValueError(f"{value!r} is an address, which no route can name: leave it empty, for any host")
         return value
 
     @field_validator("registry_repository")
@@ -203,7 +213,7 @@ class ClusterSettings(BaseSettings):
             raise ValueError(f"{value!r} is no repository: use lower-case letters and digits, for instance team/ekiben")
         return value
 
-    @field_validator("registry_push", "registry_pull")
+    @field_validator("registry_push", "registry_pull", "registry_read")
     @classmethod
     def _registry(cls, value: str | None) -> str | None:
         if value is not None and (not value or "/" in value or "@" in value):

@@ -119,7 +119,7 @@ def build_order(**changes: Any) -> BuildOrder:
 
 def test_only_the_last_step_holds_the_push_credential_and_the_middle_one_holds_nothing() -> None:
     using = settings(
-        registry_read_secret="reads", index_secret="index", https_proxy="http://proxy:3128", ca_configmap="ca",
+        registry_read_secret="reads", registry_read="reads:5001", index_secret="index", https_proxy="http://proxy:3128", ca_configmap="ca",
         index_url="https://index.example/simple",
     )  # fmt: skip
     job = manifests.build_job(build_order(), using, spec_url="SPEC", result_url="RESULT", project=True)
@@ -135,6 +135,8 @@ def test_only_the_last_step_holds_the_push_credential_and_the_middle_one_holds_n
     assert "envFrom" not in assemble
     assert "SPEC" in json.dumps(fetch["env"])
     assert "SPEC" not in json.dumps(assemble["env"])
+    assert "reads:5001" in json.dumps(fetch["env"])
+    assert "reads:5001" not in json.dumps([inspect, assemble])
     assert "RESULT" in json.dumps(assemble["env"])
     read_only = {m["name"]: m.get("readOnly") for m in assemble["volumeMounts"]}
     assert read_only["fetch"]
@@ -214,6 +216,10 @@ def test_a_gateway_gets_the_same_paths() -> None:
         ({"s3_endpoint": None}, "EKIBEN_S3_ENDPOINT"),
         ({"routing": "gateway"}, "EKIBEN_GATEWAY"),
         ({"gateway": "a/b"}, "EKIBEN_ROUTING"),
+        ({"routing": "gateway", "gateway": "a/b", "ingress_style": "nginx-inc"}, "EKIBEN_INGRESS_STYLE"),
+        ({"ingress_host": "10.0.0.7"}, "leave it empty"),
+        ({"ingress_host": "https://models.example"}, "without a scheme"),
+        ({"ingress_host": "models..example"}, "no host name"),
         ({"ingress_style": "nginx-inc", "ingress_host": ""}, "refuses rules without"),
         ({"models_namespace": "ekiben-builds"}, "must differ"),
         ({"https_proxy": "http://me:secret@proxy"}, "password"),

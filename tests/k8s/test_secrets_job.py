@@ -68,7 +68,7 @@ def test_the_account_reads_no_secret(api_server: Server, account: Path) -> None:
     assert api_server.ok("auth", "can-i", "create", "secrets", "-n", "ekiben", who).strip() == "yes"
 
 
-def test_nodes_may_pull_and_cannot_push() -> None:
+def test_nodes_and_the_first_step_of_builds_may_read_and_cannot_push() -> None:
     made = {}
     for namespace, secret in secrets_job.wanted(b"seed", secrets_job.Places()):
         made[namespace, secret["metadata"]["name"]] = secret["stringData"]  # type: ignore[index]
@@ -87,6 +87,8 @@ def test_nodes_may_pull_and_cannot_push() -> None:
     assert admits("push", "ekiben-builds", "ekiben-registry-push")
     assert admits("pull", "ekiben-models", "ekiben-registry-pull")
     assert not admits("push", "ekiben-models", "ekiben-registry-pull")
+    assert admits("pull", "ekiben-builds", "ekiben-registry-read")
+    assert not admits("push", "ekiben-builds", "ekiben-registry-read")
 
 
 def test_other_seeds_give_other_passwords() -> None:
