@@ -77,6 +77,23 @@ class Cluster:
             text = each if isinstance(each, str) else json.dumps(each)
             self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", text=text)
 
+    @property
+    def node(self) -> Node:
+        """The node of a cluster that was made here."""
+        found = nodes.find(self.root) if self.root is not None else None
+        assert found is not None, "this cluster was not made by tests.cluster"
+        return found
+
+    @contextlib.contextmanager
+    def without(self, part: str) -> Iterator[None]:
+        """A part of the node is killed, and started again after the block; then all is ready."""
+        self.node.stop(part)
+        try:
+            yield
+        finally:
+            self.node.start_again(part)
+            _until(self.node, part, lambda: _is_ready(self))
+
     def with_way_out(self, namespace: str, pod: Mapping[str, Any]) -> dict[str, Any]:
         """The pod's spec with all that it needs to reach the package registries (surroundings.py) from `namespace`."""
         self.apply(surroundings.config_map(namespace, self.environment))

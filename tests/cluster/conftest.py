@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ import pytest
 from tests.cluster import cluster as clusters
 from tests.cluster import images
 from tests.cluster.cluster import Cluster, Registry
+from tests.cluster.faults import Caller, available, calling, of_model
 from tests.cluster.pages import Shell
+from tests.cluster.training import trained
+from tests.cluster.workloads import eventually
 from tests.k8s.installation import Installation, Trained, install
 
 
@@ -89,24 +92,54 @@ def shell(installed: Installation, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def churn(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Trained]:
     """Two LightGBM models of one schema that give different answers for the same rows."""
-    import lightgbm
-    import numpy as np
-
-    columns = ["age", "income", "visits"]
-    made = []
-    for seed in (1, 2):
-        table = np.random.default_rng(seed).normal(size=(200, 3))
-        data = lightgbm.Dataset(table, (table[:, seed] > 0).astype(float), feature_name=columns)
-        settings = {"objective": "binary", "verbose": -1, "seed": seed, "num_leaves": 7, "num_threads": 1}
-        booster = lightgbm.train(settings, data, 20)
-        file = tmp_path_factory.mktemp("churn") / f"churn-v{seed}.txt"
-        booster.save_model(file)
-        rows = np.random.default_rng(7).normal(size=(5, 3))
-        named = [dict(zip(columns, row, strict=True)) for row in rows.tolist()]
-        made.append(Trained(file, named, np.asarray(booster.predict(rows)).tolist()))
+    folder = tmp_path_factory.mktemp("churn")
+    made = [trained(folder / f"churn-v{seed}.txt", seed) for seed in (1, 2)]
     first, second = made
     assert first.outputs != second.outputs
     return made
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Callable[[], Trained]:
+    """Makes a model that no build has seen: what is kept by content hides nothing."""
+
+    def make() -> Trained:
+        seed = int.from_bytes(os.urandom(3))
+        return trained(tmp_path / f"{seed}.txt", seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def steady(installed: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    """A model that serves, as the deployment `steady`, while others meet with faults."""
+    model = trained(tmp_path_factory.mktemp("steady") / "steady.txt", int.from_bytes(os.urandom(3)))
+    installed.push(model.file, "steady", sample=model.sample)
+    installed.live("steady")
+    yield model
+    installed.remove("steady")
+
+
+@pytest.fixture
+def calls(installed: Installation, steady: Trained) -> Iterator[Caller]:
+    """The model `steady` is called during the whole test, and every call must be answered well."""
+    with calling(installed, "steady", steady) as caller:
+        yield caller
+
+
+@pytest.fixture
+def model(fresh: Callable[[], Trained]) -> Trained:
+    return fresh()
+
+
+@pytest.fixture
+def name(installed: Installation) -> Iterator[str]:
+    """Of a deployment of the test's own, which goes with all that belongs to it."""
+    made = f"t{uuid.uuid4().hex[:8]}"
+    yield made
+    available(installed)
+    installed.remove(made)
+    eventually(lambda: not of_model(installed.cluster, "deployments,pods", "ekiben-models", made), seconds=180)
 
 
 def need_what_a_cluster_needs() -> None:

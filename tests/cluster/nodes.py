@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 # Kernel settings that Kubernetes changes for the whole machine; the host gets its own back.
 _KERNEL = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "net/ipv4/ip_forward")
@@ -100,25 +101,52 @@ class Node:
         """Start a part unless it runs; what it prints goes to `logs/NAME.log`."""
         if self.runs(name):
             return
+        environment = dict(environment or {})
         with (self.root / "logs" / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 self.command(argv),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**_without_proxies(os.environ), **(environment or {})},
+                env={**_without_proxies(os.environ), **environment},
                 cwd=self.root,
                 start_new_session=True,
             )
-        _write(self.root / "pids" / f"{name}.json", {"pid": process.pid, "born": _born(process.pid)})
+        kept = {"pid": process.pid, "born": _born(process.pid), "argv": list(argv), "environment": environment}
+        _write(self.root / "pids" / f"{name}.json", kept)
+
+    def stop(self, name: str) -> None:
+        """End a part by SIGKILL, as a crash would."""
+        if self.runs(name):
+            outside = self._part(name)["pid"]
+            for inside in Path(f"/proc/{outside}/task/{outside}/children").read_text().split():
+                os.kill(int(inside), signal.SIGKILL)
+            _until(lambda: not self.runs(name), f"{name} does not end")
+
+    def start_again(self, name: str) -> None:
+        """Start a part that was stopped, as it was started before."""
+        kept = self._part(name)
+        self.start(name, kept["argv"], kept["environment"])
+
+    def processes(self, *words: str) -> list[int]:
+        """Processes of the node's pods with these words in their command line, by their numbers on the host."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                line = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if all(word in line for word in words) and f"{self.name}/" in (folder / "cgroup").read_text():
+                    found.append(int(folder.name))
+        return found
 
     def runs(self, name: str) -> bool:
         """Whether the part lives; `nsenter` outside lives as long as what it started inside."""
-        file = self.root / "pids" / f"{name}.json"
         with contextlib.suppress(FileNotFoundError):
-            kept = json.loads(file.read_text())
+            kept = self._part(name)
             return bool(kept["born"]) and _born(kept["pid"]) == kept["born"]
         return False
+
+    def _part(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.root / "pids" / f"{name}.json").read_text()))
 
     def parts(self) -> list[str]:
         return sorted(file.stem for file in (self.root / "pids").glob("*.json"))
