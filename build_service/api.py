@@ -189,7 +189,7 @@ class Service:
         current = state.deployment(connection, name)
         values: dict[str, Any] = {}
         if current is None:
-            values = {"replicas": 1, "resources": {}, "strategy": "rolling"}
+            values = {"replicas": 1, "resources": {}, "strategy": "rolling", "autoscale": None}
         state.target(connection, name, row.id, build.id, **values)
 
     def version_view(self, name: str, number: int) -> shapes.VersionView:
@@ -421,6 +421,7 @@ def router(service: Service) -> APIRouter:
         """Serve a version under a name. Traffic moves once its golden sample passes."""
         check_name(name)
         resources = wanted.resources.amounts()
+        _check_autoscale(wanted, service.platform)
         service.platform.check(name, resources, wanted.replicas, wanted.strategy)
         with database.write() as connection:
             row = versions.find(connection, wanted.model or name, wanted.version)
@@ -433,6 +434,7 @@ def router(service: Service) -> APIRouter:
                 replicas=wanted.replicas,
                 resources=resources,
                 strategy=wanted.strategy,
+                autoscale=None if wanted.autoscale is None else wanted.autoscale.model_dump(),
             )
             if wanted.default:
                 state.make_default(connection, name)
@@ -658,3 +660,18 @@ def _lines(open_log: Callable[[], Iterator[str]], waits: Callable[[], bool] | No
     return StreamingResponse(
         chunks(), media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"}
     )
+
+
+def _check_autoscale(wanted: shapes.DeploymentRequest, platform: Platform) -> None:
+    if wanted.autoscale is None:
+        return
+    if wanted.autoscale.max <= wanted.replicas:
+        raise UserError(
+            "bad_autoscale", f"At most {wanted.autoscale.max} replicas are not more than the least, {wanted.replicas}.",
+            field="autoscale.max", hint="Raise autoscale.max, or leave autoscale out.",
+        )  # fmt: skip
+    if not platform.autoscales:
+        raise UserError(
+            "autoscale_unsupported", "Processes on one machine share it: more of them would not be faster.",
+            field="autoscale", hint="Set replicas; autoscaling is for Kubernetes.", status=409,
+        )  # fmt: skip

@@ -98,6 +98,8 @@ class _Served:
 
 
 class LocalPlatform:
+    autoscales = False
+
     def __init__(self, settings: Settings, store: ObjectStore, routes: RouteTable, wake: Callable[[], None]) -> None:
         self._settings, self._store, self._routes, self._wake = settings, store, routes, wake
         self._root = settings.root

@@ -17,7 +17,7 @@ from sqlalchemy.sql import column
 from registry.database import Database, metadata
 from registry.errors import EkibenError
 
-KNOWN = ("0001", "0002", "0003")  # the steps of build_service/migrations, in their order
+KNOWN = ("0001", "0002", "0003", "0004")  # the steps of build_service/migrations, in their order
 HEAD = KNOWN[-1]
 OLDEST = "0001"  # the oldest schema whose code works with HEAD: at least the one of the release before
 

@@ -60,20 +60,29 @@ class RevisionOrder:
     strategy: str
     proven: bool = False  # it has been live: when its process ends it is started again, and never given up
     default: bool = False  # it answers calls that name no deployment
+    autoscale: dict[str, int] | None = None  # {"max": replicas, "cpu": percent}: then `replicas` are the least
     fence: int = field(default=0, compare=False)  # of the lease it is ordered under: an older one is overtaken
 
     @property
     def terms(self) -> str:
         return terms(
-            self.revision, self.replicas, self.resources, self.strategy, proven=self.proven, default=self.default
-        )
+            self.revision, self.replicas, self.resources, self.strategy, self.autoscale, proven=self.proven,
+            default=self.default,
+        )  # fmt: skip
 
 
 def terms(
-    revision: int, replicas: int, resources: dict[str, str], strategy: str, *, proven: bool, default: bool
+    revision: int,
+    replicas: int,
+    resources: dict[str, str],
+    strategy: str,
+    autoscale: dict[str, int] | None,
+    *,
+    proven: bool,
+    default: bool,
 ) -> str:
     """All of an order that can change after it was applied, as one text to compare and to keep beside what runs."""
-    wanted = [revision, replicas, resources, strategy, proven, default]
+    wanted = [revision, replicas, resources, strategy, autoscale, proven, default]
     return json.dumps(wanted, sort_keys=True, separators=(",", ":"))
 
 
@@ -108,6 +117,9 @@ class InUse:
 
 
 class Platform(Protocol):
+    autoscales: bool
+    """whether it can change the number of a deployment's replicas by itself"""
+
     def submit(self, order: BuildOrder) -> None: ...
 
     def build_status(self, order_id: str, attempt: int) -> BuildStatus: ...

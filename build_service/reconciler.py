@@ -441,7 +441,7 @@ class Reconciler:
             default = state.default_deployment(connection)
         order = RevisionOrder(
             held.name, wanted.number, version, build.result, held.replicas, held.resources, held.strategy, proven,
-            default is not None and default.name == held.name, held.fence,
+            default is not None and default.name == held.name, held.autoscale, held.fence,
         )  # fmt: skip
         # What is live keeps to what it was asked for with, until what is wanted in its place has shown that it can run.
         return order if wanted.number == held.desired else replace(order, **(wanted.settings or {}))
@@ -457,8 +457,9 @@ def _needs_a_step(standing: state.Standing, seen: Observed | None) -> bool:
 
     def applied(revision: int) -> bool:
         wanted = terms(
-            revision, standing.replicas, standing.resources, standing.strategy, proven=True, default=standing.default
-        )
+            revision, standing.replicas, standing.resources, standing.strategy, standing.autoscale, proven=True,
+            default=standing.default,
+        )  # fmt: skip
         return observed.applied == wanted
 
     if standing.revision_state == "live":

@@ -169,6 +169,15 @@ class Resources(BaseModel):
         return value
 
 
+class Autoscale(BaseModel):
+    """More replicas while they are busy."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max: int = Field(ge=2, le=64, description="Replicas at most; `replicas` are the least.")
+    cpu: int = Field(70, ge=10, le=100, description="Percent of the reserved CPU that replicas shall be at.")
+
+
 class DeploymentRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -177,6 +186,7 @@ class DeploymentRequest(BaseModel):
     replicas: int = Field(1, ge=1, le=64)
     resources: Resources = Resources()
     strategy: Literal["rolling", "replace"] = "rolling"
+    autoscale: Autoscale | None = Field(None, description="On Kubernetes: a HorizontalPodAutoscaler.")
     default: bool | None = Field(None, description="Answer /inference/PATH too.")
 
 
@@ -197,6 +207,7 @@ class DeploymentView(BaseModel):
     ready: int
     resources: dict[str, str]
     strategy: str
+    autoscale: Autoscale | None
     code: str | None
     reason: str | None
     hint: str | None

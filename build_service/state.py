@@ -38,6 +38,7 @@ from registry.versions import versions
 
 BUILD_OPEN = ("queued", "running")
 DAMAGED = frozenset({"digest_mismatch", "model_missing", "object_damaged"})  # codes: what the store holds is not whole
+_SETTINGS = ("replicas", "resources", "strategy", "autoscale")  # of a deployment: with which a revision was asked for
 DROPPED = "dropped"  # a revision that a roll-back cannot return to: what it needs may be deleted
 
 builds = Table(
@@ -83,6 +84,7 @@ deployments = Table(
     Column("replicas", Integer, nullable=False, default=1),
     Column("resources", JSON, nullable=False, default=dict),
     Column("strategy", String(16), nullable=False, default="rolling"),
+    Column("autoscale", JSON(none_as_null=True)),  # {"max": replicas, "cpu": percent}; replicas is the least then
     Column("reason", Text),
     Column("code", String(64)),
     Column("hint", Text),
@@ -184,6 +186,7 @@ class Deployment:
     replicas: int
     resources: dict[str, str]
     strategy: str
+    autoscale: dict[str, int] | None
     reason: str | None
     code: str | None
     hint: str | None
@@ -232,6 +235,7 @@ class Standing:
     replicas: int
     resources: dict[str, str]
     strategy: str
+    autoscale: dict[str, int] | None
     reason: str | None
     revision_state: str
     build_state: str
@@ -430,7 +434,7 @@ def standings(connection: Connection) -> list[Standing]:
     query = (
         select(
             *(deployments.c[name] for name in (
-                "name", "state", "desired", "live", "replicas", "resources", "strategy", "reason"
+                "name", "state", "desired", "live", "replicas", "resources", "strategy", "autoscale", "reason"
             )),
             revisions.c.state.label("revision_state"),
             builds.c.state.label("build_state"),
@@ -485,7 +489,7 @@ def target(
     Asking for what is already wanted, with nothing else changed, makes no revision.
     """
     row = connection.execute(select(deployments).where(deployments.c.name == name)).one_or_none()
-    before = {} if row is None else {key: getattr(row, key) for key in ("replicas", "resources", "strategy")}
+    before = {} if row is None else {key: getattr(row, key) for key in _SETTINGS}
     settings = {**before, **values}
     if row is not None and row.deleted is None and rollback_of is None:
         wanted = revision(connection, name, row.desired)
@@ -504,7 +508,11 @@ def target(
     made = connection.execute(
         insert(revisions)
         .values(
-            deployment=name, number=number, version_id=version_id, build_id=build_id, rollback_of=rollback_of,
+            deployment=name,
+            number=number,
+            version_id=version_id,
+            build_id=build_id,
+            rollback_of=rollback_of,
             settings=settings,
         )
         .returning(revisions)

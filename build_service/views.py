@@ -163,6 +163,7 @@ def _deployment(
         ready=ready,
         resources=row.resources,
         strategy=row.strategy,
+        autoscale=None if row.autoscale is None else shapes.Autoscale(**row.autoscale),
         code=row.code,
         reason=row.reason,
         hint=row.hint,

@@ -205,6 +205,9 @@ class BuildLogs:
         }
         while each.step < len(names.STEPS):
             name = names.STEPS[each.step]
+            if not _has_step(pod, name):
+                each.step += 1
+                continue
             state = statuses.get(name, {})
             if "running" not in state and "terminated" not in state:
                 return
@@ -264,6 +267,11 @@ class BuildLogs:
             writer.commit()
         finally:
             writer.abort()
+
+
+def _has_step(pod: Object, name: str) -> bool:
+    """A build that has nothing to import is made without the step that would."""
+    return any(each["name"] == name for part in ("initContainers", "containers") for each in pod["spec"].get(part, ()))
 
 
 def _failed(pod: Object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from build_service.kubernetes import names
@@ -174,6 +174,22 @@ def disruption_budget(name: str, settings: Settings) -> Object:
     }
 
 
+def autoscaler(order: RevisionOrder, settings: Settings) -> Object:
+    assert order.autoscale is not None
+    target = {"type": "Utilization", "averageUtilization": order.autoscale["cpu"]}
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": _metadata(order.deployment, settings.models_namespace, labels(order.deployment)),
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": order.deployment},
+            "minReplicas": order.replicas,
+            "maxReplicas": order.autoscale["max"],
+            "metrics": [{"type": "Resource", "resource": {"name": "cpu", "target": target}}],
+        },
+    }
+
+
 def model_policy(name: str, settings: Settings) -> Object:
     """Who may call a model, and that it calls nobody. Kubelets' probes are always let in."""
     namespaces = sorted({settings.namespace, *settings.model_callers})
@@ -229,7 +245,16 @@ def version_files(manifest: Mapping[str, Any]) -> list[str]:
     return paths
 
 
-def build_job(order: BuildOrder, settings: Settings, *, spec_url: str, result_url: str, project: bool) -> Object:
+def build_job(
+    order: BuildOrder,
+    settings: Settings,
+    *,
+    spec_url: str,
+    result_url: str,
+    project: bool,
+    steps: Sequence[str] = names.STEPS,
+) -> Object:
+    """`steps`: without `inspect` where it is known that there is nothing to import."""
     about = {
         **names.OURS,
         names.BUILD: order.id,
@@ -239,7 +264,7 @@ def build_job(order: BuildOrder, settings: Settings, *, spec_url: str, result_ur
     }
     pod = {
         **_pod(settings, settings.build_priority_class, settings.build_node_selector, settings.build_tolerations),
-        **_build_pod(order, settings, spec_url, result_url, project),
+        **_build_pod(order, settings, spec_url, result_url, project, steps),
         "restartPolicy": "Never",
         # The pod's, not the Job's: that would count the time in the queue.
         "activeDeadlineSeconds": math.ceil(settings.build_seconds),
@@ -269,7 +294,9 @@ def build_job(order: BuildOrder, settings: Settings, *, spec_url: str, result_ur
     }
 
 
-def _build_pod(order: BuildOrder, settings: Settings, spec_url: str, result_url: str, project: bool) -> Object:
+def _build_pod(
+    order: BuildOrder, settings: Settings, spec_url: str, result_url: str, project: bool, steps: Sequence[str]
+) -> Object:
     size = order.version.size
     room = {
         "fetch": size + _ROOM_FOR_PACKAGES,
@@ -325,7 +352,8 @@ def _build_pod(order: BuildOrder, settings: Settings, spec_url: str, result_url:
     inspect = step("inspect", {}, [])
     auth = {"EKIBEN_REGISTRY_AUTH": f"{names.PUSH_AUTH}/config.json"} if pushes else {}
     assemble = step("assemble", {"EKIBEN_RESULT_URL": result_url, **auth, **network}, [*trusted, *pushes])
-    return {"initContainers": [fetch, inspect], "containers": [assemble], "volumes": volumes}
+    before = [each for each in (fetch, inspect) if each["name"] in steps]
+    return {"initContainers": before, "containers": [assemble], "volumes": volumes}
 
 
 def _credential(volumes: list[Object], name: str, secret: str | None) -> list[Object]:

@@ -31,6 +31,7 @@ from build_service.kubernetes.cluster import (
 from build_service.kubernetes.logs import BuildLogs
 from build_service.kubernetes.reasons import Finding
 from build_service.kubernetes.room import Room
+from build_service.kubernetes.steps import Steps
 from build_service.kubernetes.tokens import TokenFile
 from build_service.platform import BuildOrder, BuildStatus, Failure, Observed, RevisionOrder
 from build_service.routes import RouteTable, Upstream
@@ -50,6 +51,7 @@ _LARGEST_ANSWER = 1 << 20
 _CONFLICTS = 3  # attempts at an object that others write too
 _TAIL_LINES = 200
 _LOG_SECONDS = 1.0  # between two looks at a log that is followed
+_RESULT_SECONDS = 0.2  # between two looks for the result of a build that is at its last step
 
 
 class Store(ObjectStore, Presigning, Protocol):
@@ -57,6 +59,8 @@ class Store(ObjectStore, Presigning, Protocol):
 
 
 class KubernetesPlatform:
+    autoscales = True
+
     def __init__(
         self,
         settings: Settings,
@@ -69,8 +73,10 @@ class KubernetesPlatform:
         self._settings, self._store, self._kinds, self._table, self._wake = settings, store, kinds, table, wake
         self._builds_in, self._models_in = settings.builds_namespace, settings.models_namespace
         self._route_kind = "Ingress" if settings.routing == "ingress" else "HTTPRoute"
-        # In the order in which they are deleted: no new calls first.
-        self._made = (self._route_kind, "PodDisruptionBudget", "Deployment", "Service", "NetworkPolicy")
+        # In the order in which they are deleted: no new calls first. With HTTPRoutes, Ingresses are those of before.
+        ways = dict.fromkeys((self._route_kind, "Ingress"))
+        beside = ("HorizontalPodAutoscaler", "PodDisruptionBudget")
+        self._made = (*ways, *beside, "Deployment", "Service", "NetworkPolicy")
         watched = [Watched(kind, self._models_in) for kind in (*self._made, "Pod", "Event", "ResourceQuota")]
         watched += [Watched(kind, self._builds_in) for kind in ("Job", "Pod", "Event")]
         self._lock = threading.RLock()
@@ -83,6 +89,8 @@ class KubernetesPlatform:
         self._asking: set[tuple[str, int]] = set()
         self._refused_builds: dict[tuple[str, int], Failure] = {}
         self._results: dict[tuple[str, int], dict[str, Any]] = {}
+        self._looked: dict[tuple[str, int], float] = {}  # for the result of an attempt
+        self._steps = Steps()
         self._lost_images: dict[str, int] = {}  # by digest, the making that a node did not find in the registry
         self._policy_applied = False
         self._askers = ThreadPoolExecutor(4, thread_name_prefix="golden-sample")
@@ -117,6 +125,7 @@ class KubernetesPlatform:
             spec_url=self._store.presign_get(f"{prefix}/spec.json", _URL_SECONDS),
             result_url=self._store.presign_put(f"{prefix}/result.json", _URL_SECONDS),
             project=order.version.kind == PROJECT,
+            steps=self._steps.of(order),
         )
         try:
             if not self._policy_applied:
@@ -147,7 +156,10 @@ class KubernetesPlatform:
         replaced = pod is not None and reasons.disrupted(pod) and _finished(job) is None  # its Job makes another one
         if (phase == "Failed" and not replaced) or _finished(job) == "Failed":
             failure = reasons.of_build(job, pod, seconds=self._settings.build_seconds)
+            self._steps.ended(order_id, attempt, well=False)
             return BuildStatus("failed", failure.stage or stage, stages, None, failure)
+        if pod is not None and _assembles(pod) and self._has_result(order_id, attempt):
+            return self._ended_well(order_id, attempt, stages)
         waiting = reasons.of_waiting_build(pod, self._failed_pulls(self._builds_in, pod) if pod else 0)
         if waiting is not None:
             if self._lasts((order_id, attempt, waiting.failure.code), waiting):
@@ -159,12 +171,14 @@ class KubernetesPlatform:
     def cancel(self, order_id: str, attempt: int) -> None:
         key = (order_id, attempt)
         self._refused_builds.pop(key, None)
-        self._results.pop(key, None)
+        self._looked.pop(key, None)
+        self._steps.forget(order_id, attempt)
+        done = self._results.pop(key, None) is not None  # its pod may be about to end
         self._need_lists()
         job = self._job(order_id, attempt)
         if job is not None and not _forgotten(job):
             pod = self._pod_of(job)
-            if _finished(job) or (pod is not None and pod["status"].get("phase") in ("Succeeded", "Failed")):
+            if done or _finished(job) or (pod is not None and pod["status"].get("phase") in ("Succeeded", "Failed")):
                 with suppress(NotThere, Conflict):
                     self._cluster.label("Job", job, {names.FORGOTTEN: "true"})  # kubectl shows it until its time is up
             else:
@@ -178,17 +192,33 @@ class KubernetesPlatform:
     def build_log(self, order_id: str, *, follow: bool) -> Iterator[str]:
         return self._logs.read(order_id, follow=follow)
 
+    def _has_result(self, order_id: str, attempt: int) -> bool:
+        """Whether the last step has put its result beside: the kubelet tells of its end up to two seconds later."""
+        key = (order_id, attempt)
+        if key not in self._results and time.monotonic() - self._looked.get(key, 0.0) >= _RESULT_SECONDS:
+            self._looked[key] = time.monotonic()
+            result = self._read_result(order_id, attempt)
+            if result is not None:
+                self._results[key] = result
+        return key in self._results
+
+    def _read_result(self, order_id: str, attempt: int) -> dict[str, Any] | None:
+        """What the step assemble has left, if that names an image."""
+        try:
+            with self._store.open(f"builds/{order_id}/{attempt}/result.json") as stream:
+                result = json.loads(stream.read())
+        except (ObjectMissing, ValueError):
+            return None
+        named = isinstance(result, dict) and isinstance((result.get("image") or {}).get("digest"), str)
+        return result if named else None
+
     def _ended_well(self, order_id: str, attempt: int, stages: list[dict[str, Any]]) -> BuildStatus:
         """Only what the step assemble has put beside says that the registry has the image."""
         key = (order_id, attempt)
         result = self._results.get(key)
         if result is None:
-            try:
-                with self._store.open(f"builds/{order_id}/{attempt}/result.json") as stream:
-                    result = json.loads(stream.read())
-            except (ObjectMissing, ValueError):
-                result = {}
-            if not isinstance(result, dict) or not isinstance((result.get("image") or {}).get("digest"), str):
+            result = self._read_result(order_id, attempt)
+            if result is None:
                 failure = Failure(
                     "build_crashed",
                     "The build ended well, but left no usable result in the store.",
@@ -197,6 +227,7 @@ class KubernetesPlatform:
                 )
                 return BuildStatus("failed", None, stages, None, failure)
             self._results[key] = result
+        self._steps.ended(order_id, attempt, well=True)
         return BuildStatus("succeeded", None, result.get("stages", stages), result)
 
     def _job(self, order_id: str, attempt: int) -> Object | None:
@@ -282,7 +313,8 @@ class KubernetesPlatform:
             known, checked = self._outcome(deployment, newest, pods)
             seen = replace(seen, revision=newest, ready=ready[newest] if known else 0, checked=checked)
         if rolled:
-            return seen
+            refused = reasons.of_routes(self._cluster.of(self._route_kind, self._models_in, deployment))
+            return replace(seen, waiting=refused)
         new = [pod for pod in pods if _revision(pod) == newest and _making(pod) == _making(live["spec"]["template"])]
         return self._with_reason(seen, deployment, live, new)
 
@@ -364,6 +396,8 @@ class KubernetesPlatform:
         ]
         if order.replicas > 1:
             wanted.append(manifests.disruption_budget(name, settings))
+        if order.autoscale is not None:
+            wanted.append(manifests.autoscaler(order, settings))
         if self._answers(name):
             wanted.append(routes.route(name, settings))
             if order.default:
@@ -375,11 +409,17 @@ class KubernetesPlatform:
         for obj in self._objects(order):
             self._put(obj, order.fence)
         live = self._cluster.get("Deployment", self._models_in, name)
-        if live is not None and live["spec"].get("replicas") != order.replicas:
-            self._cluster.scale(live, order.replicas)
+        scaler = self._cluster.get("HorizontalPodAutoscaler", self._models_in, name)
+        if scaler is not None and order.autoscale is None:
+            self._cluster.delete("HorizontalPodAutoscaler", scaler)
+        if live is not None and (wanted := _replicas(live, order)) is not None:
+            self._cluster.scale(live, wanted)
         budget = self._cluster.get("PodDisruptionBudget", self._models_in, name)
         if budget is not None and order.replicas < 2:
             self._cluster.delete("PodDisruptionBudget", budget)
+        if self._route_kind != "Ingress" and self._answers(name):
+            for left in self._cluster.of("Ingress", self._models_in, name):
+                self._cluster.delete("Ingress", left)
 
     def _put(self, obj: Object, fence: int) -> None:
         """Applied if the cluster does not hold it; never over what a newer lease has applied."""
@@ -410,7 +450,7 @@ class KubernetesPlatform:
             if live is None or not drift.holds(live, manifests.sealed(obj, order.fence)):
                 return False
         live = self._cluster.get("Deployment", self._models_in, order.deployment)
-        return live is not None and live["spec"].get("replicas") == order.replicas
+        return live is not None and _replicas(live, order) is None
 
     def _answers(self, name: str) -> bool:
         if self._cluster.get(self._route_kind, self._models_in, name) is not None:
@@ -536,12 +576,27 @@ def _forgotten(job: Object) -> bool:
     return bool(job["metadata"]["labels"].get(names.FORGOTTEN))
 
 
+def _assembles(pod: Object) -> bool:
+    """The steps before the last one are over."""
+    before = pod["status"].get("initContainerStatuses") or ()
+    return bool(before) and all((status.get("state") or {}).get("terminated") for status in before)
+
+
 def _finished(job: Object) -> str | None:
     """Complete or Failed, when the Job is."""
     for condition in job.get("status", {}).get("conditions") or ():
         if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
             return str(condition["type"])
     return None
+
+
+def _replicas(live: Object, order: RevisionOrder) -> int | None:
+    """How many the Deployment is to be scaled to; None where it is as it shall be. Between its bounds an autoscaler
+    has the say."""
+    now, least = int(live["spec"].get("replicas", 1)), order.replicas
+    most = least if order.autoscale is None else order.autoscale["max"]
+    wanted = min(max(now, least), most)
+    return None if wanted == now else wanted
 
 
 def _rolled(deployment: Object) -> bool:

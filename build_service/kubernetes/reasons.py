@@ -158,6 +158,27 @@ def refused(message: str) -> Finding:
     )
 
 
+def of_routes(routes: Iterable[Object]) -> Failure | None:
+    """Why a Gateway does not take a route of a deployment. Of an Ingress nobody says anything."""
+    for route in routes:
+        generation = route["metadata"].get("generation", 0)
+        for parent in route.get("status", {}).get("parents") or ():
+            gateway = f"{parent['parentRef'].get('namespace')}/{parent['parentRef'].get('name')}"
+            for condition in parent.get("conditions") or ():
+                if condition["status"] != "False" or condition.get("observedGeneration", generation) < generation:
+                    continue
+                if condition["type"] in ("Accepted", "ResolvedRefs"):
+                    return Failure(
+                        "route_refused",
+                        f"The Gateway {gateway} does not take the route {route['metadata']['name']}: "
+                        f"{condition.get('reason')}: {_short(condition.get('message'))}",
+                        hint="One of its listeners must admit the host of EKIBEN_INGRESS_HOST and HTTPRoutes of the "
+                        "models' namespace. Until then calls go through the service.",
+                        user=False,
+                    )
+    return None
+
+
 def last_crash(pods: Iterable[Object]) -> Failure | None:
     """Of all containers that ended and were started again, the one that ended last."""
     ends = [

@@ -270,7 +270,7 @@ class Client:
         return Deployment(self, self.deployment_state(name))
 
     def deploy(self, name: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """Set what a deployment should be: model, version, replicas, resources, strategy."""
+        """Set what a deployment should be: model, version, replicas, resources, strategy, autoscale."""
         return dict(self._json("PUT", f"/deployments/{_segment(name)}", dict(wanted)))
 
     def rollback(self, name: str, revision: int | None = None) -> dict[str, Any]:

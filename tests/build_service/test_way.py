@@ -148,6 +148,15 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_rolls(server: Home) -> 
     assert problem["detail"].startswith("0 free of 1")
 
 
+def test_an_autoscaler_is_refused_on_one_machine(server: Home) -> None:
+    body = {"version": 1, "autoscale": {"max": 3}}
+    problem = server.call("PUT", "/deployments/first", 409, json=body)
+    assert (problem["code"], problem["field"]) == ("autoscale_unsupported", "autoscale")
+    body = {"version": 1, "replicas": 3, "autoscale": {"max": 3}}
+    assert server.call("PUT", "/deployments/first", 422, json=body)["code"] == "bad_autoscale"
+    assert server.get("/deployments/first")["autoscale"] is None
+
+
 @pytest.mark.parametrize("body", [{"version": 1, "weights": 3}, {"version": 1, "resources": {"disk": "1Gi"}}])
 def test_unknown_fields_of_a_deployment_are_refused(server: Home, body: dict[str, Any]) -> None:
     problem = server.call("PUT", "/deployments/first", 422, json=body)

@@ -156,7 +156,7 @@ def test_a_pylock_that_takes_a_package_from_a_repository_is_refused(tmp_path: Pa
 
 def test_uv_lock_gives_what_the_project_needs_without_development_groups(tmp_path: Path, tools: Tools) -> None:
     file = tmp_path / "uv.lock"
-    registry = 'source = { registry = "https://pypi.org/simple" }'
+    registry = 'source = { registry = "https://index.example.org/simple" }'
     wheel = f'wheels = [{{ url = "https://example.org/x-1.0-py3-none-any.whl", hash = "{HASH}" }}]'
     file.write_text(
         'version = 1\nrevision = 1\nrequires-python = ">=3.11"\n'

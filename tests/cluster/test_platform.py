@@ -318,6 +318,21 @@ def test_replicas_get_a_budget_and_lose_it(place: Place, name: str) -> None:
     assert place.kubectl("get", "poddisruptionbudget", "-o", "name", "-l", f"{names.DEPLOYMENT}={name}") == ""
 
 
+def test_an_autoscaler_has_the_say_between_its_bounds_and_goes(place: Place, name: str) -> None:
+    order = place.order(name, 1, proven=True, autoscale={"max": 3, "cpu": 70})
+    place.until(name, lambda seen: seen.applied == order.terms and seen.ready == 1, order)
+    spec = place.get("horizontalpodautoscaler", name)["spec"]
+    assert (spec["minReplicas"], spec["maxReplicas"]) == (1, 3)
+    assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
+    place.kubectl("scale", "deployment", name, "--replicas=2")  # as the autoscaler does it
+    place.until(name, lambda seen: seen.applied == order.terms and seen.ready == 2, order)
+    place.kubectl("scale", "deployment", name, "--replicas=5")
+    place.until(name, lambda seen: place.get("deployment", name)["spec"]["replicas"] == 3, order)
+    alone = place.order(name, 1, proven=True)
+    place.until(name, lambda seen: seen.applied == alone.terms and seen.ready == 1, alone)
+    assert place.kubectl("get", "horizontalpodautoscaler", "-o", "name", "-l", f"{names.DEPLOYMENT}={name}") == ""
+
+
 def test_crashes_of_what_is_live_are_counted_with_their_reason(place: Place, name: str) -> None:
     order = place.order(name, 1, proven=True)
     place.roll(order)

@@ -32,6 +32,10 @@ def deploy(
     version: Annotated[int | None, typer.Option(help="Version to serve; else the newest.", min=1)] = None,
     model: Annotated[str | None, typer.Option(help="Model to serve; else that of the deployment's name.")] = None,
     replicas: Annotated[int | None, typer.Option(help="Processes to run.", min=1)] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(help="On Kubernetes: more, up to these, while they are busy; 0: no more.", min=0),
+    ] = None,
     cpu: Annotated[str | None, typer.Option(help="CPUs of each, like 1 or 500m.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory of each, like 2Gi.")] = None,
     strategy: Annotated[
@@ -51,12 +55,15 @@ def deploy(
     """
     with session(ctx, url, as_json) as (client, out):
         wanted = _as_it_is(client, name)
-        if version is None and (not wanted or not any((replicas, cpu, memory, strategy))):
+        if version is None and (not wanted or not any((replicas, max_replicas is not None, cpu, memory, strategy))):
             version = int(client.version(model or name)["version"])
         given = {"model": model, "version": version, "replicas": replicas, "strategy": strategy}
         wanted.update({key: value for key, value in given.items() if value is not None})
         resources = {key: value for key, value in (("cpu", cpu), ("memory", memory)) if value is not None}
         wanted["resources"] = {**wanted.get("resources", {}), **resources}
+        if max_replicas is not None:
+            before = wanted.get("autoscale") or {}
+            wanted["autoscale"] = {**before, "max": max_replicas} if max_replicas else None
         _until_live(client, out, client.deploy(name, wanted), 0.0 if no_wait else wait)
 
 
@@ -125,7 +132,8 @@ def _as_it_is(client: Client, name: str) -> dict[str, Any]:
     except NotFound:
         return {}
     wanted = dict(state.get("wanted") or state["target"])
-    return {**wanted, **{key: state[key] for key in ("replicas", "resources", "strategy")}}
+    kept = ("replicas", "resources", "strategy", "autoscale")
+    return {**wanted, **{key: state[key] for key in kept if key in state}}
 
 
 def _until_live(client: Client, out: Output, state: dict[str, Any], wait: float) -> None:
