@@ -17,8 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
+from sqlalchemy.exc import OperationalError
 
-from build_service.problems import problem_response
+from build_service.problems import of_database, problem_response
 from build_service.remembered import Remembered
 from registry.errors import EkibenError, UserError
 
@@ -79,6 +80,8 @@ class Guard:
             await self._check(scope, headers, origin, inference)
         except EkibenError as error:
             await problem_response(error)(scope, receive, answer)
+        except OperationalError as error:  # it knows the tokens
+            await problem_response(of_database(error))(scope, receive, answer)
         else:
             if cors and scope["method"] == "OPTIONS":
                 await answer({"type": "http.response.start", "status": 204, "headers": []})

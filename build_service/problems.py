@@ -27,6 +27,17 @@ def problem_response(error: EkibenError, headers: dict[str, str] | None = None) 
     return JSONResponse(error.problem(), status_code=error.status, media_type="application/problem+json", headers=extra)
 
 
+def of_database(error: OperationalError) -> EkibenError:
+    """What is told of a database that is away or full."""
+    full = "disk is full" in str(error.orig)
+    return EkibenError(
+        "disk_full" if full else "database_unavailable",
+        "The disk of the database is full." if full else "The database does not answer at the moment.",
+        hint="Free some space, then try again." if full else "Try again; the service's log has the details.",
+        status=507 if full else 503,
+    )
+
+
 def install(app: FastAPI) -> None:
     """The handlers that turn every error into a problem."""
 
@@ -41,16 +52,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(OperationalError)
     async def database_error(request: Request, error: OperationalError) -> Response:
-        full = "disk is full" in str(error.orig)
         log.error("the database failed", path=request.url.path, error=str(error.orig))
-        return problem_response(
-            EkibenError(
-                "disk_full" if full else "database_unavailable",
-                "The disk of the database is full." if full else "The database does not answer at the moment.",
-                hint="Free some space, then try again." if full else "Try again; the service's log has the details.",
-                status=507 if full else 503,
-            )
-        )
+        return problem_response(of_database(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -14,11 +14,12 @@ from urllib.parse import quote
 
 import aiohttp
 import structlog
+from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 from yarl import URL
 
 from build_service import metrics
-from build_service.problems import problem_response
+from build_service.problems import of_database, problem_response
 from build_service.remembered import Remembered
 from build_service.routes import RouteTable, Upstream
 from registry.errors import EkibenError, UserError
@@ -93,6 +94,8 @@ class Router:
             await self._forward(deployment, path, scope, receive, counted)
         except EkibenError as error:
             await problem_response(error)(scope, receive, counted)
+        except OperationalError as error:  # asked only before anything is answered: which is the default, is there one
+            await problem_response(of_database(error))(scope, receive, counted)
         except _ClientGone:
             status = 499  # nobody is there to be answered
         finally:

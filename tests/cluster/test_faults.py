@@ -164,7 +164,7 @@ def twin_of(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": f"{meta['name']}-twin", "namespace": BUILDS},
+        "metadata": {"name": f"{meta['name']}-twin", "namespace": BUILDS, "labels": {"twin-of": meta["name"]}},
         "spec": spec,
     }
 
