@@ -25,7 +25,7 @@ PINNED = ROOT / ".images" / "kubernetes"
 OLDEST = (1, 31)
 NAMESPACE, BUILDS, MODELS = "ekiben", "ekiben-builds", "ekiben-models"
 UNPUBLISHED = ("service", "builder", "minio")
-_OF_MODELS = "ingresses,poddisruptionbudgets,deployments,services,networkpolicies"
+_OF_MODELS = "ingresses,horizontalpodautoscalers,poddisruptionbudgets,deployments,services,networkpolicies"
 _LOOK_SECONDS = 2.0
 
 Object = Mapping[str, Any]

@@ -127,6 +127,20 @@ def test_mlflow_lists_the_versions(installed: Installation, ranker: Pushed) -> N
         forward.wait(30)
 
 
+def test_down_leaves_the_state_to_the_next_up(installed: Installation, ranker: Pushed, shell: Shell) -> None:
+    shell.run("make down PLATFORM=kubernetes")
+    for namespace, kinds in (
+        ("ekiben", "deploy,statefulset"),
+        ("ekiben-models", "deploy,ingress"),
+        ("ekiben-builds", "job"),
+    ):
+        assert installed.cluster.get(kinds, "-n", namespace)["items"] == []
+    shell.run("make up PLATFORM=kubernetes")
+    eventually(lambda: installed.http.get("/readyz").status_code == 200)
+    installed.live("ranker", ranker.version)
+    assert predict(installed, ranker, ranker.version).json() == ranker.read("expected.json")
+
+
 class Followed(threading.Thread):
     """A build's log, followed through the API to its end."""
 
