@@ -7,6 +7,8 @@ run) and `run-PID/`, which goes when the run ends, however it ends.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import functools
 import json
 import os
 import shutil
@@ -18,7 +20,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,12 @@ def post(url: str, data: bytes = b"", method: str = "POST", **headers: str) -> t
     request = urllib.request.Request(url, data, headers, method=method)
     with _DIRECT.open(request, timeout=300) as response:
         return response.read(), response.headers
+
+
+def seconds(stamp: str) -> float:
+    """RFC 3339 in UTC as seconds since 1970; what is finer than a microsecond is cut."""
+    head, dot, fraction = stamp.removesuffix("Z").partition(".")
+    return datetime.datetime.fromisoformat(f"{head}{dot}{fraction[:6]}+00:00").timestamp()
 
 
 class Peak(contextlib.AbstractContextManager["Peak"]):
@@ -269,14 +276,14 @@ class Bench:
         if free < size + GIB:
             raise Absent(f"the disk has {free // GIB} GiB free, this needs {(size + GIB) // GIB}")
 
-    @cached_property
+    @functools.cached_property
     def layout(self) -> Path:
         """The base image of both sides as an OCI layout: Debian with Python and pip, as `python:3.11-slim` has them."""
         found = self.part("layout", lambda: base_layout(self.kept))
         assert isinstance(found, Path)
         return found
 
-    @cached_property
+    @functools.cached_property
     def base(self) -> Path:
         """The base's description, which an installation of ours has once."""
 
@@ -289,7 +296,7 @@ class Bench:
         assert isinstance(found, Path)
         return found
 
-    @cached_property
+    @functools.cached_property
     def kinds(self) -> Path:
         """A copy of the folder of kinds as it was when the run began: the same code in every round."""
         folder = self.scratch / "bentos"
@@ -297,20 +304,16 @@ class Bench:
         return folder
 
     def models(self, count: int) -> list[Path]:
-        """Folders of small LightGBM models, equal but for their weights."""
+        """Folders of small LightGBM models, equal but for their weights; each is trained once."""
+        return [self.part(f"model-{seed}", functools.partial(self._model, seed)) for seed in range(count)]
 
-        def make() -> list[Path]:
-            from bentos.lightgbm import example
+    def _model(self, seed: int) -> Path:
+        from bentos.lightgbm import example
 
-            folders = [self.scratch / "models" / f"churn-{seed}" for seed in range(count)]
-            for seed, folder in enumerate(folders):
-                folder.parent.mkdir(exist_ok=True)
-                example.write(folder, seed=seed + 1)
-            return folders
-
-        found = self.part(f"models-{count}", make)
-        assert isinstance(found, list)
-        return found
+        folder = self.scratch / "models" / f"churn-{seed}"
+        folder.parent.mkdir(exist_ok=True)
+        example.write(folder, seed=seed + 1)
+        return folder
 
 
 def remove(folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks import models, parts
 from benchmarks.figures import Figure, Measured, Sample, middle
 from benchmarks.layers import hash_and_copy
-from benchmarks.serve import Version
+from benchmarks.load import Version
 
 
 def _uploads(bench: parts.Bench) -> tuple[list[Sample], int]:

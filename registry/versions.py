@@ -159,13 +159,6 @@ def of_model(connection: Connection, name: str) -> list[Version]:
     return [_version(row) for row in rows]
 
 
-def names(connection: Connection) -> list[str]:
-    rows = connection.execute(
-        select(versions.c.name).where(versions.c.deleted.is_(None)).distinct().order_by(versions.c.name)
-    )
-    return [row.name for row in rows]
-
-
 def locations(connection: Connection) -> set[str]:
     """Where the objects of every version that is not deleted live."""
     return set(connection.execute(select(versions.c.location).where(versions.c.deleted.is_(None))).scalars())
