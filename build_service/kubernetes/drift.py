@@ -56,13 +56,16 @@ def _within(live: Any, wanted: Any, field: str) -> bool:
 
 
 def _all_within(live: Sequence[Any], wanted: Sequence[Any]) -> bool:
-    key = next(
-        (key for key in _KEYS if wanted and all(isinstance(each, Mapping) and key in each for each in wanted)), None
-    )
+    key = next((key for key in _KEYS if wanted and all(_is_key(each, key) for each in wanted)), None)
     if key is None or len({str(each[key]) for each in wanted}) != len(wanted):
         return len(live) == len(wanted) and all(_within(a, b, "") for a, b in zip(live, wanted, strict=True))
-    found = {each.get(key): each for each in live if isinstance(each, Mapping)}
+    found = {each[key]: each for each in live if _is_key(each, key)}
     return all(each[key] in found and _within(found[each[key]], each, "") for each in wanted)
+
+
+def _is_key(each: Any, key: str) -> bool:
+    """In the matches of an HTTPRoute, `path` is no name but an object."""
+    return isinstance(each, Mapping) and isinstance(each.get(key), str | int)
 
 
 def _same_amount(live: Any, wanted: Any) -> bool:

@@ -246,8 +246,9 @@ def test_nodes_and_taints_reach_the_pods() -> None:
 # --- drift ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_applied_holds_whatever_others_add() -> None:
-    for obj in everything(order(replicas=2), settings()):
+@pytest.mark.parametrize("routing", [{}, {"routing": "gateway", "gateway": "edge/public"}])
+def test_what_was_applied_holds_whatever_others_add(routing: dict[str, str]) -> None:
+    for obj in everything(order(replicas=2), settings(**routing)):
         wanted = manifests.sealed(obj, 5)
         live = filled_in(wanted)
         assert drift.holds(live, wanted)
@@ -275,7 +276,8 @@ def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @given(st.data())
 def test_any_field_of_ours_that_another_edits_is_noticed(data: st.DataObject) -> None:
-    obj = data.draw(st.sampled_from(everything(order(replicas=2, resources={"memory": "2Gi"}), settings())))
+    using = data.draw(st.sampled_from([settings(), settings(routing="gateway", gateway="edge/public")]))
+    obj = data.draw(st.sampled_from(everything(order(replicas=2, resources={"memory": "2Gi"}), using)))
     wanted = manifests.sealed(obj, 5)
     ours = [path for path in paths(wanted) if path[0] not in ("kind", "apiVersion") and path[-1] != names.FENCE]
     path = data.draw(st.sampled_from(ours))
