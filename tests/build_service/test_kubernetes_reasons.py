@@ -54,6 +54,16 @@ def test_what_a_cluster_says_is_told_in_words_of_ours(title: str, patience: floa
     assert found.failure.hint or title in ("golden_sample_failed", "serving_crashed")
 
 
+def test_a_route_that_its_gateway_does_not_take_is_told() -> None:
+    (route,) = recorded("route_refused")["routes"]
+    found = reasons.of_routes([route])
+    assert found is not None
+    assert found.code == "route_refused"
+    assert "The Gateway ekiben/ekiben does not take the route gated: NotAllowedByListeners" in found.message
+    route["metadata"]["generation"] += 1  # what was said is of the route before
+    assert reasons.of_routes([route]) is None
+
+
 def test_one_failed_pull_is_no_end_yet() -> None:
     found = finding(recorded("image_not_found"), failed_pulls=1)
     assert found is not None
