@@ -1,4 +1,4 @@
-"""Files that are made by a program: locks, the OpenAPI document, the lists of errors and settings, the table of figures.
+"""Files that are made by a program: locks, the OpenAPI document, lists of errors and settings, the table of figures.
 
 python -m scripts.generated --write    make them again
 python -m scripts.generated --check    fail if one is not current

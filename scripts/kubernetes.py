@@ -96,11 +96,12 @@ def down(overlay: Path, *, delete_state: bool) -> None:
 
 
 def wait(seconds: float) -> None:
-    """Until every Deployment and StatefulSet of the service's namespace is rolled out; says what is missing."""
+    """Until every Deployment and StatefulSet of the service's namespace is rolled out, and the pods of before are gone;
+    says what is missing."""
     end, told = time.monotonic() + seconds, ""
     while True:
         found = _json("-n", NAMESPACE, "get", "deployments,statefulsets,pods", "-o", "json")["items"]
-        missing = sorted(each["metadata"]["name"] for each in found if each["kind"] != "Pod" and not _rolled(each))
+        missing = sorted(each["metadata"]["name"] for each in found if not _settled(each))
         if not missing:
             return
         troubles = sorted({words for each in found if each["kind"] == "Pod" for words in _troubles(each)})
@@ -164,11 +165,15 @@ def _json(*arguments: str) -> Any:
     return json.loads(kubectl(*arguments))
 
 
+def _settled(each: Object) -> bool:
+    """Rolled out; or a pod that stays, so that whoever calls now is answered by one that does."""
+    return "deletionTimestamp" not in each["metadata"] if each["kind"] == "Pod" else _rolled(each)
+
+
 def _rolled(workload: Object) -> bool:
     wanted, status = workload["spec"].get("replicas", 1), workload.get("status", {})
     if status.get("observedGeneration") != workload["metadata"]["generation"]:
         return False
-    # The old pods are gone too, so that whoever calls now is answered by the new ones.
     return wanted == 0 or all(status.get(key, 0) == wanted for key in ("replicas", "updatedReplicas", "readyReplicas"))
 
 

@@ -16,11 +16,11 @@ WRITERS = ("deployment/ekiben", "deployment/mlflow")
 
 
 @pytest.fixture
-def kept(installed: Installation, churn: Sequence[Trained]) -> Iterator[Trained]:
-    """A model that serves, as the deployment `kept`."""
+def version(installed: Installation, churn: Sequence[Trained]) -> Iterator[int]:
+    """That of the first model, served as the deployment `kept`."""
     pushed = installed.push(churn[0].file, "kept", sample=churn[0].sample)
     installed.live("kept", pushed["version"])
-    yield churn[0]
+    yield int(pushed["version"])
     installed.remove("kept")
 
 
@@ -39,13 +39,14 @@ def lose_everything(site: Installation) -> None:
         site.cluster.kubectl("-n", "ekiben", "wait", "--for=delete", "pod", "-l", chosen, "--timeout=170s")
     site.cluster.kubectl("-n", "ekiben", "delete", "pvc", *STATE.values())
     scale(1, *STATE)
-    scale(1, *WRITERS)
+    scale(1, "deployment/ekiben")
 
 
 def test_what_was_saved_is_restored_after_everything_is_lost(
-    installed: Installation, kept: Trained, shell: Shell, tmp_path: Path
+    installed: Installation, churn: Sequence[Trained], version: int, shell: Shell, tmp_path: Path
 ) -> None:
-    build = installed.version("kept", 1)["build"]
+    kept = churn[0]
+    build = installed.version("kept", version)["build"]
     log = installed.http.get(f"/builds/{build}/logs").text
     assert "==> assemble <==" in log
     commands = lines_of(ROOT / "docs" / "kubernetes.md", "## Backup and restore")
@@ -62,9 +63,9 @@ def test_what_was_saved_is_restored_after_everything_is_lost(
     eventually(lambda: "kept" not in installed.cluster.kubectl("-n", "ekiben-models", "get", "deploy", "-o", "name"))
 
     shell.run(restore)
-    installed.live("kept", 1)
+    installed.live("kept", version)
     answer = eventually(lambda: found if (found := installed.predict("kept", kept.rows)).is_success else None)
     assert answer.json()["outputs"] == pytest.approx(kept.outputs)
     assert installed.http.get(f"/builds/{build}/logs").text == log
-    stored = installed.http.get("/models/kept/versions/1/files/" + kept.file.name)
+    stored = installed.http.get(f"/models/kept/versions/{version}/files/{kept.file.name}")
     assert stored.content == kept.file.read_bytes()
