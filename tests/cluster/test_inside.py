@@ -168,7 +168,7 @@ def inside(surroundings: Surroundings, tmp_path_factory: pytest.TempPathFactory)
     files = {"reach.py": REACH, "service.py": SERVICE, "targets.json": json.dumps(surroundings.targets)}
     file = packed(tmp_path_factory.mktemp("inside"), files, "service:Inside")
     installed.push(file, "inside", sample={"inputs": [1.0]})
-    installed.live("inside", 1)
+    installed.live("inside")
     answer = installed.predict("inside", [1.0])  # the ingress reaches the model
     assert answer.status_code == 200, answer.text
     yield dict(answer.json())
@@ -191,7 +191,7 @@ def test_steps_of_a_build_reach_the_store_and_the_registry_and_hold_no_more_than
 ) -> None:
     """The pod of a real build once more, with a probe in place of each step."""
     cluster = surroundings.installed.cluster
-    (job, *_) = cluster.get("jobs", "-n", "ekiben-builds", "-l", f"{names.MODEL}=inside")["items"]
+    (*_, job) = cluster.get("jobs", "-n", "ekiben-builds", "-l", f"{names.MODEL}=inside")["items"]
     code = f"{REACH}\n{CREDENTIALS}\nprint(json.dumps([reach({surroundings.targets!r}), secrets(), may()]))"
     run_job(cluster, "ekiben-builds", probe(job, code))
     try:
