@@ -47,7 +47,7 @@ class InMemory:
 
     def holds(self, result: dict[str, Any]) -> bool:
         self.asked.append("holds")
-        return result.get("making", 0) > self.lost
+        return bool(result.get("making", 0) > self.lost)
 
     def apply(self, order: RevisionOrder) -> None:
         self.asked.append("apply")

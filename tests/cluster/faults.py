@@ -128,10 +128,7 @@ def push_through(site: Installation, model: Trained, name: str) -> dict[str, Any
     end = time.monotonic() + CONVERGES
     while True:
         try:
-            with model.file.open("rb") as stream:
-                sent = {"file": (model.file.name, stream)}
-                form = {"name": name, "sample": json.dumps(model.sample)}
-                answer = site.http.post("/models", files=sent, data=form, timeout=180)
+            answer: httpx.Response | None = push_once(site, model, name, 180)
         except httpx.HTTPError:  # the service ended while it read, or before it answered
             answer = None
         if answer is not None and answer.status_code in (200, 201):
@@ -140,6 +137,14 @@ def push_through(site: Installation, model: Trained, name: str) -> dict[str, Any
             assert answer.status_code in _AWAY, f"{answer.status_code} {answer.text}"
         assert time.monotonic() < end, "nobody takes the model"
         time.sleep(0.5)
+
+
+def push_once(site: Installation, model: Trained, name: str, seconds: float) -> httpx.Response:
+    """The answer to an upload, whatever it is. Raises httpx.HTTPError."""
+    with model.file.open("rb") as stream:
+        sent = {"file": (model.file.name, stream)}
+        form = {"name": name, "sample": json.dumps(model.sample)}
+        return site.http.post("/models", files=sent, data=form, timeout=seconds)
 
 
 def jobs(cluster: Cluster, build: str) -> list[dict[str, Any]]:
