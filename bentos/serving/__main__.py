@@ -136,7 +136,7 @@ async def _run(
         checked, _ = await golden.check(app, predict_route(service), about, served)
         served = replace(served, checked=checked)
         _logger.info("golden sample: %s, %d of %d", checked.verified, checked.matched, checked.rows)
-        config.app = Wrapper(app, settings, served)
+        wrapper = config.app = Wrapper(app, settings, served)
         config.load()
         # what was imported and loaded lives as long as the process: never look at it again when collecting
         gc.collect()
@@ -149,9 +149,18 @@ async def _run(
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _stop, server)
+            loop.add_signal_handler(number, _leave, server, wrapper)
         _logger.info("%s version %s is ready on %s", served.name, served.version, listener.getsockname())
         await server.serve(sockets=[listener])
+
+
+def _leave(server: Any, wrapper: Any) -> None:
+    """Not ready from now on; calls are taken until whoever sends them has noticed, or the signal comes again."""
+    if wrapper.leaving:
+        _stop(server)
+    else:
+        wrapper.leaving = True
+        asyncio.get_running_loop().call_later(wrapper.settings.leave_seconds, _stop, server)
 
 
 def _stop(server: Any) -> None:

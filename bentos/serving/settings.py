@@ -36,6 +36,8 @@ class Settings:
     termination_log: Path | None = None
     max_body_bytes: int = 64 << 20
     request_seconds: float = 60.0
+    leave_seconds: float = 0.0
+    """From the signal to end until no new call is taken."""
     token_digests: tuple[bytes, ...] = ()
     tokens_file: Path | None = None
     """A line for each digest; read again when it changes. While it is not there, no token is valid."""
@@ -74,6 +76,7 @@ class Settings:
             termination_log=termination_log(environ),
             max_body_bytes=int(_number(environ, "EKIBEN_MAX_BODY_BYTES", 64 << 20, 1, 1 << 50)),
             request_seconds=_number(environ, "EKIBEN_REQUEST_SECONDS", 60.0, 0.001, 86400),
+            leave_seconds=_number(environ, "EKIBEN_LEAVE_SECONDS", 0.0, 0, 3600),
             token_digests=tuple(bytes.fromhex(d) for d in digests),
             tokens_file=Path(named) if (named := environ.get("EKIBEN_INFERENCE_TOKENS_FILE")) else None,
             rtol=_number(environ, "EKIBEN_GOLDEN_RTOL", 1e-5, 0, 1e300),

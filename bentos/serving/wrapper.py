@@ -37,6 +37,7 @@ class Wrapper:
             (b"ekiben-version", served.version.encode("latin-1", "replace")),
         ]
         self._prefixes = settings.prefixes
+        self.leaving = False
         self._tokens = TokensFile(settings.tokens_file) if settings.tokens_file is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -106,6 +107,8 @@ class Wrapper:
     def _refusal(
         self, path: str, inside: bool, length: bytes | None, authorization: bytes
     ) -> tuple[Problem, list[tuple[bytes, bytes]]] | None:
+        if self.leaving and path == "/readyz":
+            return Problem("leaving", "this process is about to end", status=503), []
         if path == "/metrics" and not inside:
             return Problem("not_found", "there is nothing at /metrics", status=404), []
         if self._guarded(path, inside) and not self._authorized(authorization):

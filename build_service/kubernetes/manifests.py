@@ -17,7 +17,8 @@ from registry import digest
 Object = dict[str, Any]
 
 _USER = 65532
-_PRE_STOP_SECONDS = 5  # from the end of readiness until a load balancer has surely heard of it
+_LEAVE_SECONDS = 10  # from the end of readiness until every proxy has surely heard of it
+_SPARE_SECONDS = 5
 _PUBLIC_BUT = (  # IPv4 and IPv6 ranges that are no part of the public internet
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
     "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
@@ -115,7 +116,6 @@ def _serving_pod(order: RevisionOrder, settings: Settings, kind_memory: str) -> 
         "startupProbe": _probe("/readyz", period=1, failures=math.ceil(settings.ready_seconds), timeout=2),
         "readinessProbe": _probe("/readyz", period=1, failures=3, timeout=2),
         "livenessProbe": _probe("/livez", period=10, failures=6, timeout=5),
-        "lifecycle": {"preStop": {"sleep": {"seconds": _PRE_STOP_SECONDS}}},
         "terminationMessagePath": "/dev/termination-log",
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": _CONTAINER_SECURITY,
@@ -131,7 +131,7 @@ def _serving_pod(order: RevisionOrder, settings: Settings, kind_memory: str) -> 
         "containers": [container],
         "volumes": volumes,
         "topologySpreadConstraints": [spread],
-        "terminationGracePeriodSeconds": math.ceil(settings.drain_seconds) + 2 * _PRE_STOP_SECONDS,
+        "terminationGracePeriodSeconds": math.ceil(settings.drain_seconds) + _LEAVE_SECONDS + _SPARE_SECONDS,
     }
 
 
@@ -146,6 +146,8 @@ def _serving_environment(order: RevisionOrder, settings: Settings) -> dict[str, 
         "EKIBEN_URL_PREFIX": f"/inference/{order.deployment},/inference",
         "EKIBEN_MAX_BODY_BYTES": str(settings.inference_body),
         "EKIBEN_REQUEST_SECONDS": f"{settings.inference_seconds:g}",
+        # Not preStop: to some proxies a pod that ends is as good as any while its readiness probe succeeds.
+        "EKIBEN_LEAVE_SECONDS": str(_LEAVE_SECONDS),
         **({} if settings.inference_open else {"EKIBEN_INFERENCE_TOKENS_FILE": names.TOKENS_FILE}),
     }
 

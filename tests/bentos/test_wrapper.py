@@ -357,6 +357,17 @@ def test_sigterm_lets_a_running_request_finish(starting: Any, project: Path, tmp
     assert served.exit_code() == 0
 
 
+def test_who_leaves_is_not_ready_and_answers_until_it_was_heard(starting: Any, churn: Path) -> None:
+    served = starting(_lightgbm(churn, EKIBEN_LEAVE_SECONDS="3600")).ready()
+    served.process.send_signal(signal.SIGTERM)
+    _until(lambda: served.client.get("/readyz").status_code == 503)
+    with httpx.Client(base_url=served.client.base_url, timeout=60, trust_env=False) as newcomer:
+        assert newcomer.get("/predict/test").status_code == 200
+        assert newcomer.get("/livez").status_code == 200
+    served.process.send_signal(signal.SIGTERM)  # whoever asks again has no patience
+    assert served.exit_code() == 0
+
+
 def test_the_process_ends_when_its_parent_is_gone(starting: Any, churn: Path) -> None:
     mine, theirs = os.pipe()
     served = starting(_lightgbm(churn, EKIBEN_LIFELINE_FD=str(mine)), pass_fds=(mine,))
