@@ -27,7 +27,8 @@ _CLIENTS = 8  # half on connections kept alive, half on new ones
 _SHARE = 0.7  # of the capacity
 _CALM = 8.0  # seconds until the pod before has gone
 
-_PULLED = re.compile(r'"GET (/v2/\S+/(manifests|blobs)/(\S+)) HTTP/[0-9.]+" 200 (\d+)')
+# Builds read the same registry, and say that they are something else.
+_PULLED = re.compile(r'"GET /v2/\S+/(manifests|blobs)/(\S+) HTTP/[0-9.]+" 200 (\d+) "[^"]*" "containerd')
 
 
 def installation(bench: parts.Bench) -> Installation:
@@ -37,7 +38,7 @@ def installation(bench: parts.Bench) -> Installation:
 
 
 def _versions(bench: parts.Bench, count: int) -> list[Version]:
-    return [Version(number + 1, folder) for number, folder in enumerate(bench.models(count))]
+    return [Version(number + 1, folder) for number, folder in enumerate(bench.new_models(count))]
 
 
 # --- the first answer -------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def second_pull(bench: parts.Bench) -> Measured:
 def _sent(at: Installation) -> list[tuple[str, str, int]]:
     """(manifests or blobs, digest, bytes) of all that nodes were sent."""
     log = at.cluster.kubectl("logs", "-n", "ekiben", "statefulset/registry", "-c", "pull", timeout=60)
-    return [(found[2], found[3], int(found[4])) for found in map(_PULLED.search, log.splitlines()) if found]
+    return [(found[1], found[2], int(found[3])) for found in map(_PULLED.search, log.splitlines()) if found]
 
 
 FIGURES: dict[Figure, Callable[[parts.Bench], Measured]] = {

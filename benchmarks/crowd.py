@@ -31,10 +31,10 @@ def busy(bench: parts.Bench) -> Measured:
     """Uploads arrive together, five for each of ten deployments; meanwhile a user looks at the lists."""
     at = installation(bench)
     names, each = (3, 2) if bench.quick else (10, 5)
-    folders = bench.models(names * each)
+    folders = bench.new_models(names * each + 1)
     crowd, first = site.new_name("crowd"), site.new_name("first")
-    uploads = [(f"{crowd}-{n % names}", Version(0, folder)) for n, folder in enumerate(folders)]
-    site.upload(at, first, Version(1, bench.models(len(folders) + 1)[-1]), wait=_PATIENCE, deploy="false")
+    uploads = [(f"{crowd}-{n % names}", Version(0, folder)) for n, folder in enumerate(folders[1:])]
+    site.upload(at, first, Version(1, folders[0]), wait=_PATIENCE, deploy="false")
     before = site.wait_until_quiet()
     try:
         with site.Watch(at.cluster, site.JOBS) as jobs, Asking(at) as asking:
@@ -196,7 +196,7 @@ def _measure_many(bench: parts.Bench) -> Many:
     count, changes = (30, 10) if bench.quick else (500, 200)
     model = site.new_name("many")
     names = [f"{model}-{n:03d}" for n in range(count)]
-    for number, folder in enumerate(bench.models(2)):
+    for number, folder in enumerate(bench.new_models(2)):
         site.upload(made, model, Version(number + 1, folder), wait=_PATIENCE, deploy="false")
     try:
         with _quiet_ingress(made) as at, simulated.nodes(at.cluster, count):

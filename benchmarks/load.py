@@ -193,7 +193,7 @@ class Load:
                 content = response.read()
                 version = int(response.headers.get("Ekiben-Version") or 0)
                 if response.status != 200:
-                    problem = f"status {response.status}"
+                    problem = f"status {response.status}: {content[:120].decode(errors='replace').strip()}"
                 elif not self._answers.right(version, content):
                     problem = f"wrong answer of version {version}"
             except (OSError, http.client.HTTPException) as error:

@@ -11,6 +11,7 @@ import datetime
 import functools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -306,6 +307,10 @@ class Bench:
     def models(self, count: int) -> list[Path]:
         """Folders of small LightGBM models, equal but for their weights; each is trained once."""
         return [self.part(f"model-{seed}", functools.partial(self._model, seed)) for seed in range(count)]
+
+    def new_models(self, count: int) -> list[Path]:
+        """Such models that nobody has seen before, no earlier run either: no part of them can be anywhere yet."""
+        return [self._model(random.randrange(1 << 16, 1 << 31)) for _ in range(count)]
 
     def _model(self, seed: int) -> Path:
         from bentos.lightgbm import example
