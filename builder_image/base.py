@@ -130,12 +130,14 @@ def import_base(
     name: str | None = None,
     registry: remote.Registry | None = None,
     progress: layout.Progress | None = None,
+    called: str | None = None,
 ) -> BaseDescriptor:
     """Copy a base image into `store/NAME/` (an OCI layout) and describe it in `store/NAME.toml`.
 
     `source` is an OCI layout folder, an archive file, or a registry reference (pulled through `registry`, or
     anonymously). Without `platform` all of linux/amd64 and linux/arm64 that the source has are imported; importing
-    again under the same name adds a platform or replaces it. Nothing of the image is run. Raises UserError
+    again under the same name adds a platform or replaces it. `called` is what the description says of the source in
+    place of its path. Nothing of the image is run. Raises UserError
     `base_without_python`, `base_platform_missing`, `bad_image`, `bad_reference`, `bad_base_name`, and what the
     registry raises.
     """
@@ -153,7 +155,7 @@ def import_base(
         found[str(kept.platform)] = describe(kept)
     file = store / f"{name}.toml"
     earlier = dict(load(file).platforms) if file.exists() else {}
-    descriptor = BaseDescriptor(name, source, folder, dict(sorted({**earlier, **found}.items())))
+    descriptor = BaseDescriptor(name, called or source, folder, dict(sorted({**earlier, **found}.items())))
     layout.replace_file(file, tomli_w.dumps(_as_toml(descriptor)).encode())
     return descriptor
 

@@ -136,7 +136,8 @@ class Maker:
     def _bases(self) -> Layer:
         """The bases with all their bytes, not compressed again: a registry that is empty gets them from here."""
         folder = self.work / "bases"
-        bases.import_base(str(self.base.layout), self.platform, folder / "app" / "bases", name=BASE)
+        source = self.base.source if not Path(self.base.source).exists() else Path(self.base.source).name
+        bases.import_base(str(self.base.layout), self.platform, folder / "app" / "bases", name=BASE, called=source)
         return layers.make("model", tarball.entries_of_folder(folder, ""), self.blobs, "none")
 
 
