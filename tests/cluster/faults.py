@@ -96,9 +96,9 @@ def converged(site: Installation, name: str, model: Trained, number: int = 1) ->
     available(site)
     row = site.live(name, number, seconds=CONVERGES)
     eventually(lambda: site.deployment(name)["ready"] == row["replicas"], seconds=CONVERGES)
-    answer = site.predict(name, model.rows)
-    assert answer.status_code == 200, answer.text
-    assert same(answer.json(), model), answer.text
+    eventually(lambda: only_version(site.cluster, name, number), seconds=120)
+    # The ingress hears a moment later that pods have changed.
+    eventually(lambda: (answer := site.predict(name, model.rows)).is_success and same(answer.json(), model))
 
     numbers = [version["version"] for version in site.call("GET", f"/models/{name}")["items"]]
     assert numbers == list(range(number, 0, -1))
@@ -160,6 +160,12 @@ def running(cluster: Cluster, build: str) -> list[str]:
 
 def of_model(cluster: Cluster, kind: str, namespace: str, name: str) -> list[dict[str, Any]]:
     return list(cluster.get(kind, "-n", namespace, "-l", f"{names.MODEL}={name}")["items"])
+
+
+def only_version(cluster: Cluster, name: str, number: int) -> bool:
+    """The pods of earlier versions have drained."""
+    pods = of_model(cluster, "pods", MODELS, name)
+    return {pod["metadata"]["labels"][names.VERSION] for pod in pods} == {str(number)}
 
 
 def service_pods(cluster: Cluster) -> list[str]:

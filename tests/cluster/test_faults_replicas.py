@@ -68,8 +68,11 @@ def replica(site: Installation, library: Path) -> Iterator[str]:
         assert float(told.split()[-1]) - float(here) == pytest.approx(AHEAD, abs=60)
         yield name
     finally:
-        site.cluster.kubectl("-n", SPACE, "delete", "deployment", name, "--wait=true")
+        site.cluster.kubectl("-n", SPACE, "delete", "deployment", name)
         site.cluster.kubectl("-n", SPACE, "delete", "configmap", "clock")
+        pods = ("pod", "-l", "example.com/clock=ahead", "--timeout=120s")
+        site.cluster.kubectl("-n", SPACE, "wait", "--for=delete", *pods)
+        available(site)
 
 
 @pytest.fixture

@@ -25,9 +25,11 @@ from tests.cluster.faults import (
     jobs,
     no_pods,
     of_model,
+    only_version,
     push_once,
     push_through,
     running,
+    same,
     volume,
 )
 from tests.cluster.workloads import eventually
@@ -124,15 +126,15 @@ def test_a_flipped_bit_is_refused_and_a_new_upload_mends_it(
 
     again = installed.push(model.file, name, sample=model.sample)
     assert (again["version"], again["build"]) == (1, pushed["build"])
-    eventually(lambda: ended(installed, pushed["build"])["state"] == "succeeded", seconds=300)
+    eventually(lambda: ended(installed, pushed["build"]).get("state") == "succeeded", seconds=300)
     converged(installed, name, model)
 
 
 def converged_to(site: Installation, name: str, model: Trained) -> str:
     """After a way back: the digest that serves version 1."""
     site.live(name, 1, seconds=400)
-    answer = site.predict(name, model.rows)
-    assert answer.json()["outputs"] == pytest.approx(model.outputs)
+    eventually(lambda: only_version(site.cluster, name, 1), seconds=120)
+    eventually(lambda: same(site.predict(name, model.rows).json(), model))
     (deployed,) = of_model(site.cluster, "deployments", MODELS, name)
     assert deployed["metadata"]["labels"][names.VERSION] == "1"
     return str(deployed["spec"]["template"]["spec"]["containers"][0]["image"].rpartition("@")[2])
