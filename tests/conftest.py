@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
+from tests.cluster.images import base_layout
 from tests.servers import PostgreSQL, program
 
 # Tests start hundreds of Python processes: none of them should compile again what an earlier one has compiled.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+hypothesis.settings.register_profile("ekiben", deadline=None)  # no test depends on how fast the machine is
+hypothesis.settings.load_profile("ekiben")
 
 _PROGRAMS = {
     "needs_registry": ("docker-registry",),
@@ -77,6 +82,14 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all workers of this run share."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def debian_base() -> Path:
+    """A Debian base with Python 3.11 as an OCI layout, made once by debootstrap; the cluster's tests use the same."""
+    if shutil.which("debootstrap") is None or os.geteuid() != 0:
+        pytest.skip("making a base needs root and debootstrap (apt-get install debootstrap)")
+    return base_layout()
 
 
 @pytest.fixture(scope="session")

@@ -119,8 +119,8 @@ def build_order(**changes: Any) -> BuildOrder:
 
 def test_only_the_last_step_holds_the_push_credential_and_the_middle_one_holds_nothing() -> None:
     using = settings(
-        registry_read_secret="reads", registry_read="reads:5001", index_secret="index", https_proxy="http://proxy:3128", ca_configmap="ca",
-        index_url="https://index.example/simple",
+        registry_read_secret="reads", registry_read="reads:5001", index_secret="index",
+        https_proxy="http://proxy:3128", ca_configmap="ca", index_url="https://index.example/simple",
     )  # fmt: skip
     job = manifests.build_job(build_order(), using, spec_url="SPEC", result_url="RESULT", project=True)
     pod = job["spec"]["template"]["spec"]

@@ -22,7 +22,6 @@ from builder_image import image, installer, layers, layout, tarball
 from builder_image.process import Processes, tool_environment
 from registry.digest import canonical_json
 from registry.manifest import Attachment, File, Manifest
-from tests.cluster.images import base_layout
 
 
 @dataclass
@@ -78,14 +77,6 @@ def start_registry(tmp_path: Path) -> Iterator[StartRegistry]:
     for process in running:
         process.terminate()
         process.wait(10)
-
-
-@pytest.fixture(scope="session")
-def debian_base() -> Path:
-    """A Debian base with Python 3.11 as an OCI layout, made once by debootstrap; the cluster's tests use the same."""
-    if shutil.which("debootstrap") is None or os.geteuid() != 0:
-        pytest.skip("making a base needs root and debootstrap (apt-get install debootstrap)")
-    return base_layout()
 
 
 @pytest.fixture

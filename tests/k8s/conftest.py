@@ -94,18 +94,6 @@ def api_server(kubectl_program: str, tmp_path_factory: pytest.TempPathFactory) -
             process.wait(30)
 
 
-@pytest.fixture(scope="session")
-def debian_base(request: pytest.FixtureRequest) -> Path:
-    """The same as that of the builder's tests."""
-    if shutil.which("debootstrap") is None or os.geteuid() != 0:
-        pytest.skip("making a base needs root and debootstrap (apt-get install debootstrap)")
-    from benchmarks.make_base import make_base
-
-    cache = request.config.cache
-    assert cache is not None
-    return make_base(cache.mkdir("ekiben-debian-base") / "layout")
-
-
 def _free(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [int(each.getsockname()[1]) for each in sockets]
