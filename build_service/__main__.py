@@ -10,8 +10,10 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 import structlog
 from pydantic import ValidationError
@@ -73,8 +75,9 @@ def _serve(settings: Settings) -> int:
             file=sys.stderr,
         )
         return 1
+    leaving = threading.Event()
     try:
-        application = create_app(settings, port=listening.getsockname()[1])
+        application = create_app(settings, port=listening.getsockname()[1], leaving=leaving)
     except (EkibenError, OperationalError) as error:
         commands.explain(error)
         return 1
@@ -87,7 +90,19 @@ def _serve(settings: Settings) -> int:
         timeout_graceful_shutdown=_DRAIN_SECONDS,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    server = uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            at_once = settings.leave_seconds == 0 or leaving.is_set()
+            leaving.set()
+            if at_once:
+                super().handle_exit(sig, frame)
+                return
+            later = threading.Timer(settings.leave_seconds, super().handle_exit, (sig, frame))
+            later.daemon = True
+            later.start()
+
+    server = Server(config)
     with suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(server.serve(sockets=[listening]))
     return 0 if server.started else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager
@@ -30,7 +31,7 @@ from build_service.router import PREFIX, Router
 from build_service.routes import RouteTable
 from build_service.settings import Settings
 from registry.database import Database
-from registry.errors import EkibenError
+from registry.errors import EkibenError, InfrastructureError
 from registry.kinds import Kinds
 from registry.store import ObjectStore
 
@@ -52,7 +53,7 @@ class Application:
         await self.asgi(scope, receive, send)
 
 
-def create_app(settings: Settings, *, port: int) -> Application:
+def create_app(settings: Settings, *, port: int, leaving: threading.Event | None = None) -> Application:
     """The service with its parts; they start with the application's lifespan. `port` is where it listens."""
     root = settings.root
     lock = _claim(root)
@@ -135,7 +136,7 @@ def create_app(settings: Settings, *, port: int) -> Application:
     )
     problems.install(app)
     app.include_router(api.router(service))
-    _system_routes(app, database, root)
+    _system_routes(app, database, root, leaving or threading.Event())
 
     async def dispatch(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         path = scope.get("path", "")
@@ -178,13 +179,15 @@ def _own_url(settings: Settings, port: int) -> str:
     return f"http://localhost:{port}"
 
 
-def _system_routes(app: FastAPI, database: Database, root: Path) -> None:
+def _system_routes(app: FastAPI, database: Database, root: Path, leaving: threading.Event) -> None:
     @app.get("/livez", tags=["system"], operation_id="livez", response_class=PlainTextResponse)
     def livez() -> str:
         return "ok\n"
 
     @app.get("/readyz", tags=["system"], operation_id="readyz", response_class=PlainTextResponse)
     def readyz() -> str:
+        if leaving.is_set():
+            raise InfrastructureError("leaving", "This service is about to end.", status=503)
         with database.read() as connection:
             connection.execute(select(1))
         return "ok\n"

@@ -103,6 +103,10 @@ class Settings(ClusterSettings):
         120, gt=0, description="Time a new revision has from its start to its golden sample, in seconds."
     )
     drain_seconds: float = Field(30, gt=0, description="Time an old process has to finish its requests, in seconds.")
+    leave_seconds: float = Field(
+        0, ge=0, description="Time after the signal to end in which /readyz says no and calls are still taken, until "
+        "proxies have heard, in seconds. A second signal ends it.",
+    )  # fmt: skip
     keep_revisions: int = Field(
         10, gt=1, description="Revisions of a deployment that are kept, the live one included: a roll-back returns to "
         "these without a build.",

@@ -16,6 +16,7 @@ RESULT = {"image": {"digest": "sha256:1"}, "lock": None}
 class InMemory:
     """Runs nothing, and keeps to the contract of the seam: several replicas of the service may share it."""
 
+    autoscales = False
     runs: dict[str, RevisionOrder] = field(default_factory=dict)
     crashed: dict[str, int] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)

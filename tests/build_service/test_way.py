@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -191,3 +192,14 @@ def test_files_come_back_as_they_were_uploaded(server: Home, model: Model) -> No
     assert answer.content == model(8)
     assert answer.headers["content-length"] == str(len(model(8)))
     assert server.get("/models/kept/versions/1/files/other.txt", 404)["code"] == "file_not_found"
+
+
+def test_who_leaves_is_not_ready_and_answers_until_proxies_have_heard(home: Home, until: Callable[..., Any]) -> None:
+    home.start(leave_seconds="3600")
+    assert home.process is not None
+    home.process.send_signal(signal.SIGTERM)
+    with home.http() as client:
+        until(lambda: client.get("/readyz").status_code == 503)
+        assert client.get("/models").status_code == 200
+        assert client.get("/livez").status_code == 200
+    home.stop()  # whoever asks again has no patience
