@@ -298,8 +298,9 @@ def _all_live(at: Installation, names: Sequence[str], version: int) -> None:
 def _delete(at: Installation, names: Sequence[str]) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: at.http.delete(f"/deployments/{name}"), names))
+    stem = f"pod/{names[0].rpartition('-')[0]}-"
     chosen = ("pods", "-n", "ekiben-models", "-o", "name")
-    site.wait_for(lambda: not at.cluster.kubectl("get", *chosen).strip(), _PATIENCE, "simulated pods do not go", 2)
+    site.wait_for(lambda: stem not in at.cluster.kubectl("get", *chosen), _PATIENCE, "simulated pods do not go", 2)
 
 
 def _rolled(deployments: site.Watch, name: str, version: int) -> float:
