@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 
-from build_service.kubernetes import names
+from build_service.kubernetes import names, reasons
 from build_service.kubernetes.cluster import Cluster, ClusterError, NotThere
 from registry.errors import EkibenError
 from registry.store import ObjectMissing, ObjectStore
@@ -45,6 +45,7 @@ class _Collected:
     chunks: int = 0
     step: int = 0
     since: str = ""
+    pod: str = ""  # UID of the one that it is read from
     pending: list[str] = field(default_factory=list)
     size: int = 0
     written: float = field(default_factory=time.monotonic)
@@ -181,8 +182,12 @@ class BuildLogs:
         over = self._over(each.build, each.attempt)  # asked before reading
         pod = self._pod_of(each.build, each.attempt)
         if pod is not None:
+            if _is_another(pod, each):  # the cluster pushed the first one away, and the Job made another
+                each.step, each.since = 0, ""
+            each.pod = pod["metadata"]["uid"]
             self._read_pod(each, pod)
-        done = each.step >= len(names.STEPS) or (pod is not None and _failed(pod))
+        failed = pod is not None and _failed(pod) and (over or not reasons.disrupted(pod))
+        done = each.step >= len(names.STEPS) or failed
         if not done and over and pod is None:
             self._take(each, each.since or "-", names.STEPS[min(each.step, 2)], _TRUNCATED)
             done = True
@@ -190,7 +195,7 @@ class BuildLogs:
         if each.pending and (done or each.size > _CHUNK or time.monotonic() - each.written >= patience):
             self._write(each)
         if done:
-            lost = not (each.step >= len(names.STEPS) or (pod is not None and _failed(pod)))
+            lost = not (each.step >= len(names.STEPS) or failed)
             self._put(f"{each.prefix}/end", b"truncated" if lost else b"complete")
             with self._lock:
                 each.ended = True
@@ -272,6 +277,13 @@ class BuildLogs:
 def _has_step(pod: Object, name: str) -> bool:
     """A build that has nothing to import is made without the step that would."""
     return any(each["name"] == name for part in ("initContainers", "containers") for each in pod["spec"].get(part, ()))
+
+
+def _is_another(pod: Object, each: _Collected) -> bool:
+    """Not the pod whose lines are there. A replica that goes on with another's work knows that by the time only."""
+    if each.pod:
+        return bool(each.pod != pod["metadata"]["uid"])
+    return each.since[:19] < str(pod["metadata"]["creationTimestamp"])[:19] if each.since else False
 
 
 def _failed(pod: Object) -> bool:
