@@ -30,9 +30,10 @@ PATIENCE = 400.0
 
 
 class Callers:
-    """Calls deployments all the time, as their users do."""
+    """Calls deployments all the time, as their users do; `first` is the version that must answer."""
 
     def __init__(self, installed: Installation, deployments: Sequence[str]) -> None:
+        self.first = ""
         self.answers: Counter[tuple[str, int, str]] = Counter()
         self._installed, self._deployments = installed, deployments
         self._stop = threading.Event()
@@ -48,7 +49,7 @@ class Callers:
 
     def bad(self, deployment: str) -> list[tuple[str, int, str]]:
         """Answers that are none of the first version's."""
-        return [each for each in self.answers if each[0] == deployment and each[1:] != (200, "1")]
+        return [each for each in self.answers if each[0] == deployment and each[1:] != (200, self.first)]
 
     def _run(self) -> None:
         headers = {"Host": HOST, "Authorization": f"Bearer {self._installed.token}"}
@@ -97,7 +98,7 @@ class Own:
 
     def first(self, deployment: str) -> list[str]:
         """UIDs of the pods that serve the first version under a deployment."""
-        selector = f"{names.DEPLOYMENT}={deployment},{names.VERSION}=1"
+        selector = f"{names.DEPLOYMENT}={deployment},{names.VERSION}={self.versions['well']}"
         found = self.installed.cluster.get("pods", "-n", "ekiben-models", "-l", selector)["items"]
         return sorted(pod["metadata"]["uid"] for pod in found)
 
@@ -109,7 +110,7 @@ class Own:
             return found if found["state"] == "rolled_back" and tried(self.revisions(deployment), number) else None
 
         found = dict(eventually(look, PATIENCE))
-        assert found["target"] == {"model": MODEL, "version": 1}
+        assert found["target"] == {"model": MODEL, "version": self.versions["well"]}
         assert found["ready"] == 1
         (revision,) = tried(self.revisions(deployment), number)
         assert (revision["state"], revision["reason"]) == ("rolled_back", found["reason"])
@@ -122,7 +123,7 @@ class Own:
         def only_the_first() -> bool:
             label = f"jsonpath={{.spec.template.metadata.labels.{names.VERSION.replace('.', chr(92) + '.')}}}"
             wanted = self.installed.cluster.kubectl("-n", "ekiben-models", "get", "deployment", deployment, "-o", label)
-            return wanted == "1" and self.first(deployment) == self.pods[deployment]
+            return wanted == str(self.versions["well"]) and self.first(deployment) == self.pods[deployment]
 
         assert eventually(only_the_first)
         assert self.callers.bad(deployment) == []
@@ -139,14 +140,19 @@ def tried(revisions: Sequence[dict[str, Any]], number: int) -> list[dict[str, An
 @pytest.fixture(scope="module")
 def own(installed: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
     deployments = (MODEL, HANGS, LARGE)
-    for name in deployments:
+    for name in reversed(deployments):  # the last one has the versions
         installed.remove(name)
     made = Own(installed, tmp_path_factory.mktemp("own"), Callers(installed, deployments))
     made.push("well", deploy=True)
-    installed.live(MODEL, 1, seconds=PATIENCE)
+    first = made.built("well")
+    installed.live(MODEL, first, seconds=PATIENCE)
     for name in (HANGS, LARGE):
-        assert made.put(name, 1).is_success
-        installed.live(name, 1)
+        assert made.put(name, first).is_success
+        installed.live(name, first)
+    before = made.revisions(MODEL)
+    assert made.put(MODEL, first).is_success
+    assert made.revisions(MODEL) == before  # what is asked for again is the same build
+    made.callers.first = str(first)
     made.pods = {name: made.first(name) for name in deployments}
     assert all(len(pods) == 1 for pods in made.pods.values())
     with made.callers:
