@@ -79,7 +79,8 @@ def test_a_name_is_claimed_by_one_at_a_time_and_free_again_when_its_holder_dies(
         assert again
         if other is not database:
             other.engine.dispose(close=False)
-            ended = "SELECT pg_terminate_backend(pid, 60000) FROM pg_locks WHERE locktype = 'advisory'"  # and waited for
+            # and waited for, in milliseconds
+            ended = "SELECT pg_terminate_backend(pid, 60000) FROM pg_locks WHERE locktype = 'advisory'"
             with other.read() as connection:  # as when the holder's machine goes
                 connection.execute(text(ended))
             with database.claimed("upload/1") as free:
