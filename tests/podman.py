@@ -11,7 +11,9 @@ from pathlib import Path
 class Podman:
     def __init__(self, folder: Path) -> None:
         self._run = tempfile.mkdtemp(prefix="pod-")  # podman wants a run folder of at most 50 characters
-        self._command = ["podman", "--root", str(folder), "--runroot", self._run]
+        self._folder = folder
+        # a state of its own: another podman of the same user would take it away with its storage
+        self._command = ["podman", "--root", str(folder), "--runroot", self._run, "--tmpdir", f"{self._run}/state"]
         self._command += ["--runtime", "runc", "--cgroup-manager", "cgroupfs", "--storage-driver"]
         stacked = ["overlay", "--storage-opt", "overlay.skip_mount_home=true"]
         asked = subprocess.run([*self._command, *stacked, "info"], capture_output=True, check=False)
@@ -30,6 +32,7 @@ class Podman:
         return done.stdout + done.stderr
 
     def close(self) -> None:
-        for words in (["rm", "--all", "--force", "--time", "0"], ["system", "reset", "--force"]):
+        for words in (["rm", "--all", "--force", "--time", "0"], ["rmi", "--all", "--force"]):
             subprocess.run([*self._command, *words], capture_output=True, check=False)
+        shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._run, ignore_errors=True)

@@ -110,17 +110,20 @@ def test_the_api_server_is_restarted(installed: Installation, calls: Caller, mod
     with installed.cluster.without("kube-apiserver"):
         pushed = push_through(installed, model, name)
         time.sleep(15)  # longer than one attempt to submit, or three
-        assert installed.call("GET", f"/builds/{pushed['build']}")["state"] == "running"
+        assert installed.call("GET", f"/builds/{pushed['build']}")["state"] in ("queued", "running")
     live = converged(installed, name, model)
     assert live.build["attempts"] == 1
 
 
 def test_the_kubelet_is_restarted(installed: Installation, calls: Caller, model: Trained, name: str) -> None:
+    """A kubelet that starts calls each pod unready until it has asked it: an ingress may find nobody for a second."""
+    calls.excused = "503 no available server"
     before = {pod["metadata"]["uid"] for pod in of_model(installed.cluster, "pods", MODELS, "steady")}
     with installed.cluster.without("kubelet"):
         push_through(installed, model, name)
         time.sleep(5)
     converged(installed, name, model)
+    calls.excused = ""
     after = of_model(installed.cluster, "pods", MODELS, "steady")
     assert {pod["metadata"]["uid"] for pod in after} == before
     assert [pod["status"]["containerStatuses"][0]["restartCount"] for pod in after] == [0]
