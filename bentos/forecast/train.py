@@ -244,8 +244,7 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
     outcome = Outcome(
         kind="forecast",
         format="lightgbm-text",
-        file="forecast.txt",
-        content=text.encode(),
+        files={"forecast.txt": text.encode()},
         sample=sample,
         expected=Forecaster.of(text).answer(sample),
         parameters={

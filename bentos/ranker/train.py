@@ -169,8 +169,7 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
     outcome = Outcome(
         kind="ranker",
         format="lightgbm-text",
-        file="ranker.txt",
-        content=boosters[settings.variant].model_to_string().encode(),
+        files={"ranker.txt": boosters[settings.variant].model_to_string().encode()},
         sample=sample,
         expected=expected,
         parameters={

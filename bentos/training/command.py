@@ -47,7 +47,7 @@ def finish(outcome: Outcome, options: argparse.Namespace, progress: Progress) ->
         uri = options.tracking_uri or tracking.default_uri(home)
         run = tracking.record(outcome, folder, uri)
         progress(f"logged as run {run} in {uri}")
-    print(f"\nmodel file: {_short(out / 'files' / outcome.file)}")
+    print("\nmodel file: " + ", ".join(str(_short(out / "files" / name)) for name in folder.files))
     if options.register:
         try:
             version = registration.register(outcome, folder, options.register, os.environ.get("EKIBEN_TOKEN"))
@@ -58,7 +58,7 @@ def finish(outcome: Outcome, options: argparse.Namespace, progress: Progress) ->
             f"{version.get('model')} version {version.get('version')} is {version.get('state')}: {version.get('url')}"
         )
     else:
-        print("upload it with either of\n" + registration.how_to_upload(_short(out), outcome.file, outcome.kind))
+        print("upload it with either of\n" + registration.how_to_upload(_short(out), folder.files, outcome.kind))
     return 0
 
 

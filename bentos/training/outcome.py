@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ class Outcome:
 
     kind: str
     format: str
-    file: str
-    """Name of the model file, such as ranker.txt."""
-    content: bytes
+    files: Mapping[str, bytes | Path]
+    """The model's files by their paths in the version, such as ranker.txt."""
     sample: Any
     expected: Any
     parameters: Mapping[str, str | int | float]
@@ -29,6 +28,8 @@ class Outcome:
     """Name of the data."""
     dataset_digest: str
     """SHA-256 of the data, in hex."""
+    plots: Mapping[str, bytes] = field(default_factory=dict)
+    """Pictures for people, by file name (`calibration.png`); they go to MLflow, not into the version."""
 
     def write(self, folder: Path) -> ModelFolder:
         """Write the model folder (docs/design.md §4). Raises FileExistsError if `folder` holds something else."""
@@ -36,7 +37,7 @@ class Outcome:
             folder,
             kind=self.kind,
             format=self.format,
-            files={self.file: self.content},
+            files=self.files,
             sample=self.sample,
             expected=self.expected,
         )

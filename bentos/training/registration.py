@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ def register(outcome: Outcome, folder: ModelFolder, url: str, token: str | None,
     """
     import httpx
 
-    files = {
-        "file": (outcome.file, outcome.content, "application/octet-stream"),
-        "sample": ("sample.json", (folder.root / "sample.json").read_bytes(), "application/json"),
-        "expected": ("expected.json", (folder.root / "expected.json").read_bytes(), "application/json"),
-    }
+    files = [
+        ("sample", ("sample.json", (folder.root / "sample.json").read_bytes(), "application/json")),
+        ("expected", ("expected.json", (folder.root / "expected.json").read_bytes(), "application/json")),
+        *(("file", (name, folder.path(name).read_bytes(), "application/octet-stream")) for name in folder.files),
+    ]
     form = {"name": outcome.kind, "kind": outcome.kind, "labels": json.dumps(outcome.labels, sort_keys=True)}
     headers = {"authorization": f"Bearer {token}"} if token else {}
     target = f"{url.rstrip('/')}/models"
@@ -49,12 +50,16 @@ def register(outcome: Outcome, folder: ModelFolder, url: str, token: str | None,
     return dict(body)
 
 
-def how_to_upload(folder: Path, file: str, kind: str) -> str:
+def how_to_upload(folder: Path, files: Collection[str], kind: str) -> str:
     """The two commands that upload a model folder by hand."""
-    model = folder / "files" / file
     sample, expected = folder / "sample.json", folder / "expected.json"
+    model = folder / "files"
+    parts = " ".join(f"-F 'file=@{model / name};filename={name}'" for name in files)
+    if len(files) == 1:
+        model /= next(iter(files))
+        parts = f"-F file=@{model}"
     return (
-        f"ekiben push {model} --kind {kind} --sample {sample} --expected {expected}\n"
+        f"ekiben push {model} --name {kind} --kind {kind} --sample {sample} --expected {expected}\n"
         f"curl -F name={kind} -F kind={kind} -F sample=@{sample} -F expected=@{expected} "
-        f"-F file=@{model} 'http://localhost:8000/models?wait=120'"
+        f"{parts} 'http://localhost:8000/models?wait=120'"
     )

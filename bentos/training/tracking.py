@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,11 @@ def record(outcome: Outcome, folder: ModelFolder, uri: str) -> str:
     )
     client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
     client.log_artifacts(run_id, str(folder.root), "model")
+    for name, picture in outcome.plots.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / name
+            path.write_bytes(picture)
+            client.log_artifact(run_id, str(path), "plots")
     client.set_terminated(run_id)
     return run_id
 

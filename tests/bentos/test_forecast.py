@@ -79,9 +79,9 @@ def test_the_method_beats_the_seasonal_naive_forecast_on_a_real_series(name: str
 def test_the_same_seed_gives_the_same_bytes() -> None:
     few = replace(training.Settings.small(), stores=1, days=500, rounds=20)
     first, second = (training.train(few, QUIET)[0] for _ in range(2))
-    assert first.content == second.content
+    assert first.files == second.files
     assert first.sample == second.sample
-    assert training.train(replace(few, seed=8), QUIET)[0].content != first.content
+    assert training.train(replace(few, seed=8), QUIET)[0].files != first.files
 
 
 def test_no_training_row_has_its_target_in_the_test_period() -> None:
@@ -360,7 +360,7 @@ def test_files_that_are_no_forecaster_are_refused_with_a_reason(tmp_path: Path, 
     lgb.train({"verbosity": -1}, lgb.Dataset(rng.random((90, 2)), rng.random(90)), 3).save_model(str(text))
     with pytest.raises(StartError, match="no model of demand"):
         Forecaster.load(text)
-    head, _, _ = outcome.content.decode().partition("pandas_categorical")
+    head, _, _ = outcome.files["forecast.txt"].decode().partition("pandas_categorical")
     text.write_text(head + "pandas_categorical:[]\n")
     with pytest.raises(StartError, match="stores and items"):
         Forecaster.load(text)

@@ -82,15 +82,15 @@ def test_the_regression_variant_learns_too_and_keeps_its_own_model() -> None:
     outcome, _ = training.train(replace(training.Settings.small(), variant="regression", queries=1500), QUIET)
     assert outcome.metrics["ndcg_10"] == outcome.metrics["ndcg_10_regression"]
     assert outcome.metrics["ndcg_10"] > outcome.metrics["ndcg_10_biased_clicks"] + 0.04
-    assert b"objective=poisson" in outcome.content
+    assert b"objective=poisson" in outcome.files["ranker.txt"]
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:
     few = training.Settings(queries=400, rounds=20, min_leaf=50)
     first, second = (training.train(few, QUIET)[0] for _ in range(2))
-    assert first.content == second.content
+    assert first.files == second.files
     assert first.sample == second.sample
-    assert training.train(replace(few, seed=8), QUIET)[0].content != first.content
+    assert training.train(replace(few, seed=8), QUIET)[0].files != first.files
 
 
 def test_a_click_makes_a_list_that_weighs_as_its_place_is_overlooked() -> None:
@@ -354,7 +354,7 @@ def test_register_uploads_the_model_with_sample_expected_values_and_metrics(
     assert headers.get("authorization") == ("Bearer secret" if status == 201 else None)
     for field in (b'name="file"; filename="ranker.txt"', b'name="sample"', b'name="expected"', b'name="kind"'):
         assert field in content
-    assert outcome.content in content
+    assert outcome.files["ranker.txt"] in content
     assert f'"ndcg_10": "{outcome.metrics["ndcg_10"]:.4f}"'.encode() in content
 
 
