@@ -17,6 +17,7 @@ from build_service import identity, imports, intake, metrics, shapes, state, tok
 from build_service.platform import Platform
 from build_service.reconciler import Reconciler
 from build_service.settings import Settings
+from build_service.threads import Threads
 from registry import versions
 from registry.database import Database
 from registry.errors import EkibenError, UserError
@@ -25,9 +26,11 @@ from registry.manifest import check_name
 from registry.signature import Signature
 from registry.store import ObjectStore
 
-_WAIT_POLL = 0.05  # seconds between two looks while a request waits
+_WAIT_POLL = 0.05  # seconds between two looks while one request waits
+_LONGEST_WAIT_POLL = 1.0  # however many wait
 _LOG_POLL = 0.2
 _LONGEST_WAIT = 3600.0
+_UPLOADING = 4  # uploads that are hashed, stored or registered at the same moment
 
 
 def _problem(status: int, description: str) -> dict[int | str, dict[str, Any]]:
@@ -78,6 +81,8 @@ class Service:
         self._limits = intake.Limits(
             settings.max_upload, settings.max_files, settings.max_field, settings.min_free_disk, settings.root
         )
+        self.uploading = Threads(_UPLOADING)
+        self.waiting = 0  # requests that are held until a version is settled
         self.uploads = uploads.Uploads(store, database, self._limits, local=settings.s3_endpoint is None)
 
     @property
@@ -100,7 +105,7 @@ class Service:
             yield
             return
         async with self._importer.fetched(source, request.is_disconnected) as imported:
-            await run_in_threadpool(taken.take, imported)
+            await self.uploading.run(taken.take, imported)
             yield
 
     def live_signature(self, name: str) -> Signature | None:
@@ -258,7 +263,7 @@ def router(service: Service) -> APIRouter:
     ) -> shapes.VersionView:
         """Upload a model: multipart form, or a raw body with ?name=&filename=; or name one of MLflow's in place of a
         file. Answers before it is built, unless ?wait= is given."""
-        taken = service.new_intake()
+        taken, uploading = service.new_intake(), service.uploading
         declared = request.headers.get("content-length", "")
         try:
             await intake.receive(
@@ -269,18 +274,19 @@ def router(service: Service) -> APIRouter:
                 int(declared) if declared.isdigit() else None,
                 service.settings.max_upload,
                 service.settings.upload_idle_seconds,
+                uploading,
             )
             if (in_parts := taken.upload_id()) is not None:
-                view, new = await run_in_threadpool(service.register_parts, taken, in_parts)
+                view, new = await uploading.run(service.register_parts, taken, in_parts)
             else:
                 async with service.fetched(taken, request):
-                    complete = await run_in_threadpool(
+                    complete = await uploading.run(
                         taken.finish, service.live_signature, service.settings.allow_code
                     )
-                view, new = await run_in_threadpool(service.register, complete, taken.keep)
+                view, new = await uploading.run(service.register, complete, taken.keep)
         except BaseException as error:
             # A cancelled request or a client that went away too: nothing of it stays.
-            await asyncio.shield(run_in_threadpool(taken.discard))
+            await asyncio.shield(uploading.run(taken.discard))
             metrics.UPLOADS.labels("refused" if isinstance(error, EkibenError) else "cut").inc()
             raise
         response.status_code = 201 if new else 200
@@ -304,6 +310,20 @@ def router(service: Service) -> APIRouter:
     @api.get("/models/{name}/versions/{number}", tags=["models"], operation_id="get_version")
     def model_version(name: str, number: int) -> shapes.VersionView:
         return service.version_view(name, _positive(number))
+
+    @api.patch("/models/{name}/versions/{number}", tags=["models"], operation_id="label_version")
+    def label_version(name: str, number: int, wanted: shapes.LabelsRequest) -> shapes.VersionView:
+        """Set labels of a version, or take some away: an evaluation, a decision. Its digest does not change."""
+        with database.write() as connection:
+            row = versions.find(connection, name, _positive(number))
+            kept = {key: value for key, value in row.labels.items() if key not in wanted.labels}
+            given = {key: value for key, value in wanted.labels.items() if value is not None}
+            versions.change(connection, row.id, labels=intake.check_labels({**kept, **given}))
+            gone = sorted(row.labels.keys() - kept.keys() - given.keys())
+            state.enqueue(connection, "labels", {"version_id": row.id, "gone": gone})
+            view = views.version(connection, versions.find(connection, name, number), service.links)
+        service.changed()
+        return view
 
     @api.get(
         "/models/{name}/versions/{number}/files/{path:path}",
@@ -569,9 +589,13 @@ async def _settled(
     """The version once nothing more happens to it, or as it is when the time is up."""
     final = views.FINAL if deployed else views.FINAL | {"built"}
     until = time.monotonic() + wait
-    while view.state not in final and time.monotonic() < until and not await request.is_disconnected():
-        await asyncio.sleep(_WAIT_POLL)
-        view = await run_in_threadpool(service.version_view, view.model, view.version)
+    service.waiting += 1
+    try:
+        while view.state not in final and time.monotonic() < until and not await request.is_disconnected():
+            await asyncio.sleep(min(_WAIT_POLL * service.waiting, _LONGEST_WAIT_POLL))
+            view = await run_in_threadpool(service.version_view, view.model, view.version)
+    finally:
+        service.waiting -= 1
     return view
 
 

@@ -20,11 +20,11 @@ from urllib.parse import parse_qsl
 
 import python_multipart
 from python_multipart.exceptions import FormParserError
-from starlette.concurrency import run_in_threadpool
 from ulid import ULID
 
 from build_service import metrics
 from build_service.imports import Imported
+from build_service.threads import Threads
 from registry import archive, digest, formats, signature
 from registry.errors import EkibenError, InfrastructureError, UserError
 from registry.kinds import Kinds
@@ -37,6 +37,7 @@ _CHUNK = 1024 * 1024
 _PIECE = 128 * 1024  # bytes below which parts of a form are not written one by one
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
 _LONGEST_PART_HEADERS = 16 * 1024
+_MOST_LABELS = 64
 _LONGEST_FIELDS = 4 * 1024 * 1024  # of a form that is no multipart: the sample is its largest
 _PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 FILE_FIELDS = ("file",)
@@ -511,17 +512,14 @@ class Intake:
             value = {key.strip(): content.strip() for key, equals, content in pairs if equals}
             if len(value) != len(pairs):
                 value = None
-        if not isinstance(value, dict) or len(value) > 64:
+        if not isinstance(value, dict):
             raise UserError(
-                "bad_labels", "The labels are no JSON object of at most 64 entries, nor key=value pairs.",
+                "bad_labels", "The labels are no JSON object, nor key=value pairs.",
                 field="labels", hint='For instance labels={"team": "growth"} or labels=team=growth,stage=test.',
             )  # fmt: skip
-        labels = {
-            str(key): content if isinstance(content, str) else json.dumps(content) for key, content in value.items()
-        }
-        if any(len(key) > 63 or len(content) > 255 for key, content in labels.items()):
-            raise UserError("bad_labels", "A label is longer than 63 (key) or 255 (value) characters.", field="labels")
-        return labels
+        return check_labels(
+            {str(key): content if isinstance(content, str) else json.dumps(content) for key, content in value.items()}
+        )
 
     def _text(self, name: str) -> str | None:
         text = self._texts.get(name)
@@ -557,6 +555,20 @@ class Intake:
         if text.lower() in _FALSE:
             return False
         raise UserError("bad_flag", f"The field {name!r} is neither true nor false.", field=name)
+
+
+def check_labels(labels: dict[str, str]) -> dict[str, str]:
+    """The labels themselves, if a version may have them. UserError `bad_labels`."""
+    if len(labels) > _MOST_LABELS:
+        raise UserError(
+            "bad_labels", f"There are {len(labels)} labels; a version has at most {_MOST_LABELS}.", field="labels",
+            hint="Take some away, or put several into one.",
+        )  # fmt: skip
+    if any(not key or len(key) > 63 or len(content) > 255 for key, content in labels.items()):
+        raise UserError(
+            "bad_labels", "A label is longer than 63 (key) or 255 (value) characters, or has no key.", field="labels"
+        )
+    return labels
 
 
 def _refuse_constant(text: str) -> Any:
@@ -782,6 +794,7 @@ async def receive(
     length: int | None,
     limit: int,
     idle_seconds: float,
+    threads: Threads,
 ) -> None:
     """Read a request's body into the intake. Raises UserError for what cannot be an upload."""
     most = limit + 16 * _BATCH  # with room for the fields and what the form puts around the files
@@ -810,7 +823,7 @@ async def receive(
                 field="filename",
                 hint="POST /models?name=churn&filename=churn.txt",
             )
-        sink = _Nothing() if elsewhere else await run_in_threadpool(_Raw, intake, filename or "")
+        sink = _Nothing() if elsewhere else await threads.run(_Raw, intake, filename or "")
     batch = bytearray()
     seen = 0
     # The network is read while the bytes before are hashed and written: at most two batches are held.
@@ -824,7 +837,7 @@ async def receive(
             if len(batch) >= _BATCH:
                 if writing is not None:
                     await writing
-                writing, batch = asyncio.create_task(run_in_threadpool(sink.write, bytes(batch))), bytearray()
+                writing, batch = asyncio.create_task(threads.run(sink.write, bytes(batch))), bytearray()
         if writing is not None:
             await writing
     finally:
@@ -833,8 +846,8 @@ async def receive(
         if writing is not None and not writing.cancelled():
             writing.exception()  # seen: what went wrong first is what is told
     if batch:
-        await run_in_threadpool(sink.write, bytes(batch))
-    await run_in_threadpool(sink.finish)
+        await threads.run(sink.write, bytes(batch))
+    await threads.run(sink.finish)
 
 
 __all__ = ["EkibenError", "Intake", "Limits", "Received", "Upload", "bounded", "file_path", "receive", "too_large"]

@@ -97,6 +97,7 @@ class Projection:
             "format": version.format,
             "labels": version.labels,
             "alias": row.payload.get("alias"),
+            "gone": row.payload.get("gone"),
         }
 
     def _command(self, actions: list[dict[str, Any]]) -> list[dict[str, Any]]:

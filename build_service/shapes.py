@@ -63,6 +63,14 @@ class VersionView(BaseModel):
     seconds: Seconds
 
 
+class LabelsRequest(BaseModel):
+    """What is learnt about a version after its upload; all the rest of it never changes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    labels: dict[str, str | None] = Field(description="Labels to set; null takes one away. Others stay as they are.")
+
+
 class UploadRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 

@@ -20,11 +20,15 @@ from xdist.scheduler import LoadFileScheduling
 from tests.cluster.images import base_layout
 from tests.servers import PostgreSQL, program
 
+pytest.register_assert_rewrite("tests.bentos.conformance")
+
 # Tests start hundreds of Python processes: none of them should compile again what an earlier one has compiled.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 hypothesis.settings.register_profile("ekiben", deadline=None)  # no test depends on how fast the machine is
 hypothesis.settings.load_profile("ekiben")
+
+pytest_plugins = ("tests.object_stores",)
 
 _PROGRAMS = {
     "needs_registry": ("docker-registry",),

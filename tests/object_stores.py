@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,13 @@ class Server:
     @property
     def endpoint(self) -> str:
         return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What tells a service to keep its objects here."""
+        return {
+            "EKIBEN_S3_ENDPOINT": self.endpoint, "EKIBEN_S3_ACCESS_KEY": ACCESS, "EKIBEN_S3_SECRET_KEY": SECRET,
+        }  # fmt: skip
 
     def start(self) -> Server:
         log = (self.folder / "log").open("ab")
@@ -113,3 +121,11 @@ def leftovers(store: ObjectStore) -> list[str]:
         return [path.name for path in (store.root / UNFINISHED).iterdir()]
     assert isinstance(store, S3Store)
     return [info.key for info in store._bucket.objects(f"{UNFINISHED}/")]
+
+
+@pytest.fixture
+def own_minio(tmp_path: Path) -> Iterator[Server]:
+    """A MinIO of this test's own, to be killed and started again."""
+    server = Server("minio", tmp_path / "own-minio").start()
+    yield server
+    server.kill()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import sqlite3
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +22,10 @@ Home = Any  # tests/build_service/conftest.py, which tests cannot import
 ENDPOINT = "http://127.0.0.1:9000"
 
 
-@pytest.fixture
-def minio(tmp_path: Path) -> Iterator[Server]:
-    server = Server("minio", tmp_path / "minio")
-    server.start()
-    yield server
-    server.kill()
-
-
 @pytest.mark.needs_minio
 def test_a_model_goes_live_from_a_bucket_and_is_gone_with_its_deletion(
     home: Home,
-    minio: Server,
+    own_minio: Server,
     model: Callable[..., bytes],
     rows: list[dict[str, float]],
     outputs: Callable[[int], list[float]],
@@ -39,7 +34,7 @@ def test_a_model_goes_live_from_a_bucket_and_is_gone_with_its_deletion(
 ) -> None:
     (tmp_path / "secret").write_text(SECRET + "\n")
     home.settings |= {
-        "EKIBEN_S3_ENDPOINT": minio.endpoint, "EKIBEN_S3_BUCKET": "models", "EKIBEN_S3_ACCESS_KEY": ACCESS,
+        "EKIBEN_S3_ENDPOINT": own_minio.endpoint, "EKIBEN_S3_BUCKET": "models", "EKIBEN_S3_ACCESS_KEY": ACCESS,
         "EKIBEN_S3_SECRET_KEY_FILE": str(tmp_path / "secret"), "EKIBEN_MLFLOW": "true",
     }  # fmt: skip
     home.start()
@@ -47,7 +42,7 @@ def test_a_model_goes_live_from_a_bucket_and_is_gone_with_its_deletion(
     assert (version["state"], version["verified"]) == ("live", "expected")
     assert home.predict("churn", rows).json()["outputs"] == pytest.approx(outputs(1))
     assert not (home.path / "objects").exists()
-    store = minio.store("models")
+    store = own_minio.store("models")
     (location,) = {info.key.rpartition("/files/")[0] for info in store.list("models/") if "/files/" in info.key}
     assert [info.key.removeprefix(f"{location}/") for info in store.list("models/")] == [
         "expected.json", "files/churn.txt", "manifest.json", "sample.json",
@@ -85,17 +80,14 @@ def test_a_model_goes_live_from_a_bucket_and_is_gone_with_its_deletion(
 
 @pytest.mark.needs_minio
 def test_a_model_that_was_damaged_in_the_bucket_is_never_built(
-    home: Home, minio: Server, model: Callable[..., bytes], rows: list[dict[str, float]], until: Callable[..., Any]
+    home: Home, own_minio: Server, model: Callable[..., bytes], rows: list[dict[str, float]], until: Callable[..., Any]
 ) -> None:
-    home.settings |= {
-        "EKIBEN_S3_ENDPOINT": minio.endpoint, "EKIBEN_S3_ACCESS_KEY": ACCESS, "EKIBEN_S3_SECRET_KEY": SECRET,
-        "EKIBEN_BUILD_ATTEMPTS": "1",
-    }  # fmt: skip
+    home.settings |= {**own_minio.settings, "EKIBEN_BUILD_ATTEMPTS": "1"}
     home.start()
     home.upload(model(1), "churn.txt", sample=rows, deploy="false", wait=0)
     until(lambda: home.get("/builds")["items"][0]["state"] == "succeeded", home.log)
     home.stop()
-    store = minio.store("ekiben")
+    store = own_minio.store("ekiben")
     (key,) = [info.key for info in store.list("models/") if "/files/" in info.key]
     with store.open(key) as stream:
         data = bytearray(stream.read())
@@ -117,9 +109,9 @@ def test_a_model_that_was_damaged_in_the_bucket_is_never_built(
 
 
 @pytest.mark.needs_minio
-def test_a_service_that_may_not_use_its_bucket_says_so_and_ends(home: Home, minio: Server) -> None:
+def test_a_service_that_may_not_use_its_bucket_says_so_and_ends(home: Home, own_minio: Server) -> None:
     wrong = "a-wrong-secret"
-    home.start(expect=False, s3_endpoint=minio.endpoint, s3_access_key=ACCESS, s3_secret_key=wrong)
+    home.start(expect=False, s3_endpoint=own_minio.endpoint, s3_access_key=ACCESS, s3_secret_key=wrong)
     assert home.process.wait(120) == 1
     assert "[store_refused]" in home.log()
     assert "EKIBEN_S3_SECRET_KEY" in home.log()
@@ -166,3 +158,26 @@ def test_secrets_are_not_shown_and_files_are_read(tmp_path: Path) -> None:
     assert from_file.s3_keys == settings.s3_keys
     assert Settings(s3_endpoint=f"{ENDPOINT}/").s3_endpoint == ENDPOINT
     assert Settings(s3_endpoint=ENDPOINT).s3_keys is None
+
+
+@pytest.mark.needs_minio
+def test_lists_are_answered_while_many_uploads_wait_for_a_store_that_hangs(
+    home: Home, own_minio: Server, model: Callable[..., bytes]
+) -> None:
+    home.settings |= own_minio.settings
+    home.start()
+    assert own_minio.process is not None
+    uploads = 60  # more than there are worker threads
+    with home.http() as client, ThreadPoolExecutor(uploads) as pool:
+        own_minio.process.send_signal(signal.SIGSTOP)
+        try:
+            sent = [
+                pool.submit(client.post, f"/models?name=m{n}&filename=churn.txt&deploy=false", content=model(1))
+                for n in range(uploads)
+            ]
+            time.sleep(2)  # long enough for them to be on their way; shorter only makes the test weaker
+            assert client.get("/models").json()["items"] == []
+            assert not any(each.done() for each in sent)
+        finally:
+            own_minio.process.send_signal(signal.SIGCONT)
+        assert [each.result().status_code for each in sent] == [201] * uploads

@@ -10,14 +10,13 @@ import random
 import socket
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.object_stores import ACCESS, SECRET, Server, leftovers
+from tests.object_stores import Server, leftovers
 
 Home = Any  # tests/build_service/conftest.py, which tests cannot import
 Model = Callable[..., bytes]
@@ -381,19 +380,11 @@ def test_registered_twice_at_once_is_one_version(server: Home, model: Model) -> 
 # --- in a bucket -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def minio(tmp_path: Path) -> Iterator[Server]:
-    server = Server("minio", tmp_path / "minio")
-    server.start()
-    yield server
-    server.kill()
-
-
 @pytest.mark.needs_minio
 @pytest.mark.parametrize("packed", [False, True])
-def test_in_a_bucket_too(home: Home, minio: Server, model: Model, packed: bool) -> None:
+def test_in_a_bucket_too(home: Home, own_minio: Server, model: Model, packed: bool) -> None:
     home.settings |= {
-        "EKIBEN_S3_ENDPOINT": minio.endpoint, "EKIBEN_S3_ACCESS_KEY": ACCESS, "EKIBEN_S3_SECRET_KEY": SECRET,
+        **own_minio.settings,
     }  # fmt: skip
     home.start()
     data = archive(model(1)) if packed else padded(model(1))
@@ -407,14 +398,14 @@ def test_in_a_bucket_too(home: Home, minio: Server, model: Model, packed: bool) 
     assert [(part["size"], part["sha256"]) for part in kept["parts"]] == [
         (SMALL, hashlib.sha256(piece).hexdigest()) for piece in pieces[:2]
     ]
-    minio.kill()  # and its bucket
-    minio.start()
+    own_minio.kill()  # and its bucket
+    own_minio.start()
     assert put(home, upload, 2, pieces[0], 409)["code"] == "part_conflict"
     assert register(home, upload, 409)["code"] == "upload_incomplete"
     put(home, upload, 3, pieces[2])
     assert register(home, upload, 422, sample=[{"wrong": 1}])["status"] == 422
     version = register(home, upload, deploy="false")
-    store = minio.store("ekiben")
+    store = own_minio.store("ekiben")
     names = {"churn.txt", "notes.bin"} if packed else {"churn.txt"}
     assert {file["path"] for file in version["files"]} == names
     expected = {"manifest.json", *(f"files/{name}" for name in names)} | ({"upload.json"} if packed else set())

@@ -41,15 +41,6 @@ NOBODY = "AKIDNOBODY"
 
 
 @pytest.fixture
-def own_minio(tmp_path: Path) -> Iterator[Server]:
-    """A MinIO of this test's own, to be killed and started again."""
-    server = Server("minio", tmp_path / "own-minio")
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
 def away(caplog: pytest.LogCaptureFixture) -> Iterator[threading.Event]:
     """Set once the bucket has told the log that the service is away."""
     told = threading.Event()
