@@ -1,0 +1,568 @@
+"""Texts in, labels or vectors out: a Hugging Face folder on ONNX Runtime, with the tokenizer's own library.
+
+The tokenizers are loaded in 0.1 s, transformers in 1.8 s. What transformers would read from tokenizer_config.json,
+config.json and the files of sentence-transformers is read here: longest input, sides of truncation and padding, names
+of labels, which function makes scores of logits, pooling, normalisation, the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bentos.serving import encoders
+from bentos.serving.model import ModelFolder
+from bentos.serving.problems import Problem, StartError
+
+Text = str | tuple[str, str]
+"""One text, or a pair of texts (of a model that compares two)."""
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Run = Callable[[Integers, Integers, Integers], Floats]
+"""Token numbers, which of them count, and their segments, each [n, tokens] → what the network gives."""
+
+MAX_TEXTS = 256
+MAX_CHARACTERS = 100_000
+"""Of one text. Splitting so much into tokens takes about 0.1 s; no model reads all of it."""
+MAX_TOTAL = 1_000_000
+"""Characters of all texts of a request."""
+
+_MAX_TOKENS = 4096
+"""In one run of the network: the memory of attention grows with it."""
+_LONGEST = 512  # where no file says how long an input may be
+_NO_LIMIT = 100_000  # transformers writes 1e30 for "no limit"
+_LARGEST_JSON = 64 << 20
+
+
+def checked(value: Any, place: str) -> str:
+    """The text, if it is one that a model can read. Raises Problem naming `place`."""
+    if not isinstance(value, str):
+        raise Problem("wrong_type", f"{place} is not a text", field=place, hint="send a JSON string")
+    if not value.strip():
+        raise Problem("empty_text", f"{place} is empty", field=place, hint="send a text with at least one word")
+    if len(value) > MAX_CHARACTERS:
+        detail = f"{place} has {len(value)} characters; at most {MAX_CHARACTERS} are read"
+        raise Problem("text_too_long", detail, field=place, hint="send the part that matters, or several parts")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        detail = f"{place} holds half of a surrogate pair at character {error.start}"
+        raise Problem("not_unicode", detail, field=place, hint="send whole characters, in UTF-8") from error
+    return value
+
+
+def checked_all(values: Any, place: str, one: Callable[[Any, str], Text] = checked) -> list[Text]:
+    """1 to MAX_TEXTS texts, each by `one`. Raises Problem naming the first that is wrong."""
+    if not isinstance(values, list):
+        raise Problem("wrong_type", f"{place} is not a list", field=place, hint="send a list of texts")
+    if not values:
+        raise Problem("no_rows", f"{place} is empty", field=place, hint="send at least one text")
+    if len(values) > MAX_TEXTS:
+        detail = f"{place} has {len(values)} texts; at most {MAX_TEXTS} are taken at once"
+        raise Problem("too_many_rows", detail, field=place, hint="send them in several requests")
+    texts = [one(value, f"{place}[{i}]") for i, value in enumerate(values)]
+    total = sum(len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts)
+    if total > MAX_TOTAL:
+        detail = f"{place} has {total} characters in all; at most {MAX_TOTAL} are read at once"
+        raise Problem("text_too_long", detail, field=place, hint="send them in several requests")
+    return texts
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A Hugging Face folder within a model folder: where its parts are, and what its files say."""
+
+    folder: ModelFolder
+    root: str
+    """Empty, or a path that ends with a slash."""
+    config: dict[str, Any]
+    tokenizer_config: dict[str, Any]
+    network: str | None
+    """The .onnx file; None where there are weights only."""
+    weights: tuple[str, ...]
+    pooling: str
+    normalised: bool
+    prompt: str
+    longest: int
+
+    @classmethod
+    def read(cls, folder: ModelFolder) -> Pretrained:
+        """Raises StartError `model_load_failed` where a part is missing or of a kind that is not known here."""
+        configs = [path for path in folder.files if PurePosixPath(path).name == "config.json"]
+        described = [path for path in configs if {"model_type", "architectures"} & set(_json(folder, path))]
+        if not described:
+            raise _failed("there is no config.json of a model", "save the model with save_pretrained, then export it")
+        root = min(described, key=lambda path: (path.count("/"), path)).removesuffix("config.json")
+        config, told = _json(folder, f"{root}config.json"), _json(folder, f"{root}tokenizer_config.json")
+        if f"{root}tokenizer.json" not in folder.files:
+            raise _failed("there is no tokenizer.json beside config.json", "save it with tokenizer.save_pretrained")
+        networks = [path for path in folder.files if path.endswith(".onnx")]
+        if len(networks) > 1:
+            raise _failed(f"there are {len(networks)} .onnx files", "upload one of them")
+        pooling, normalised, longest = _modules(folder, root)
+        prompts = _json(folder, f"{root}config_sentence_transformers.json")
+        named = prompts.get("default_prompt_name")
+        return cls(
+            folder=folder,
+            root=root,
+            config=config,
+            tokenizer_config=told,
+            network=networks[0] if networks else None,
+            weights=tuple(path for path in folder.files if path.endswith(".safetensors")),
+            pooling=pooling or "mean",
+            normalised=normalised,
+            prompt=str((prompts.get("prompts") or {}).get(named, "")) if named else "",
+            longest=min(_positions(config), _limit(told.get("model_max_length")), longest),
+        )
+
+    @property
+    def architecture(self) -> str:
+        named = self.config.get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else ""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes in their order, as far as config.json says."""
+        named = self.config.get("id2label")
+        if not isinstance(named, dict):
+            return ()
+        return tuple(str(named[key]) for key in sorted(named, key=int))
+
+
+class Tokenizer:
+    """tokenizer.json with what tokenizer_config.json says about its use."""
+
+    def __init__(self, pretrained: Pretrained) -> None:
+        from tokenizers import Tokenizer as Library
+
+        told = pretrained.tokenizer_config
+        path = pretrained.folder.path(f"{pretrained.root}tokenizer.json")
+        try:
+            self._library = Library.from_str(_normaliser(path.read_text("utf-8"), told))
+        except Exception as error:  # the library has no errors of its own
+            raise _failed(
+                f"tokenizer.json cannot be read: {error}", "save it with tokenizer.save_pretrained"
+            ) from error
+        side = told.get("truncation_side", "right")
+        self._library.enable_truncation(pretrained.longest, direction="left" if side == "left" else "right")
+        self._library.no_padding()
+        self._left = told.get("padding_side") == "left"
+        self._padding = self._padding_number(pretrained)
+        self.longest = pretrained.longest
+
+    def __call__(self, texts: Sequence[Text]) -> list[Any]:
+        """An encoding for each text, cut at the longest input (then its `overflowing` is not empty)."""
+        return list(self._library.encode_batch(texts, add_special_tokens=True))
+
+    def padded(self, encodings: Sequence[Any]) -> tuple[Integers, Integers, Integers]:
+        """Token numbers, mask and segments as [n, tokens], all as long as the longest of them."""
+        width = max(len(encoding.ids) for encoding in encodings)
+        ids = np.full((len(encodings), width), self._padding, dtype=np.int64)
+        mask, segments = np.zeros_like(ids), np.zeros_like(ids)
+        for i, encoding in enumerate(encodings):
+            count = len(encoding.ids)
+            place = slice(width - count, width) if self._left else slice(0, count)
+            ids[i, place], mask[i, place], segments[i, place] = encoding.ids, 1, encoding.type_ids
+        return ids, mask, segments
+
+    def _padding_number(self, pretrained: Pretrained) -> int:
+        told = pretrained.tokenizer_config.get("pad_token")
+        token = told.get("content") if isinstance(told, dict) else told
+        known = self._library.token_to_id(token) if isinstance(token, str) else None
+        return int(known if known is not None else pretrained.config.get("pad_token_id") or 0)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """`values`: scores [n, classes] or vectors [n, width]; `cut`: rows whose end the model did not read."""
+
+    values: NDArray[np.float64]
+    cut: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A network with its tokenizer: a classifier where `labels` is not None, else an encoder of texts."""
+
+    pretrained: Pretrained
+    tokenizer: Tokenizer
+    labels: tuple[str, ...] | None
+    width: int
+    """Classes of a classifier, or numbers in a vector."""
+    engine: str
+    """`onnxruntime` or `torch`."""
+    _run: Run = field(repr=False)
+    _finished: Callable[[Floats], NDArray[np.float64]] = field(repr=False)
+
+    @classmethod
+    def load(cls, folder: ModelFolder) -> TextModel:
+        """Raises StartError `model_load_failed` when it cannot be served."""
+        pretrained = Pretrained.read(folder)
+        tokenizer = Tokenizer(pretrained)
+        run, engine = _network(pretrained)
+        probe = tokenizer.padded(tokenizer(["a text"]))
+        given = _tried(run, probe)
+        classifier = _classifies(pretrained, given)
+        if not classifier:
+            pool = _POOLINGS[pretrained.pooling]
+            inner = run
+
+            def run(ids: Integers, mask: Integers, segments: Integers) -> Floats:
+                hidden = inner(ids, mask, segments)
+                return hidden if hidden.ndim == 2 else pool(hidden, mask)
+
+            given = run(*probe)
+        return cls(
+            pretrained=pretrained,
+            tokenizer=tokenizer,
+            labels=_labels(pretrained, given.shape[1]) if classifier else None,
+            width=int(given.shape[1]),
+            engine=engine,
+            _run=run,
+            _finished=_scores(pretrained, given.shape[1]) if classifier else _vectors(pretrained),
+        )
+
+    def __call__(self, texts: Sequence[Text], place: Callable[[int], str] = "texts[{}]".format) -> Answers:
+        """Scores or vectors in the order of the texts. Raises Problem where a text has nothing that can be read.
+
+        Texts of like length share a run, so that little is padded.
+        """
+        prompt = self.pretrained.prompt if self.labels is None else ""
+        encodings = self.tokenizer([prompt + text for text in texts] if prompt else texts)  # type: ignore[operator]
+        for i, encoding in enumerate(encodings):
+            if not encoding.ids:
+                detail = f"{place(i)} holds nothing that the model's tokenizer knows"
+                raise Problem("empty_text", detail, field=place(i), hint="send a text with at least one word")
+        values = np.empty((len(texts), self.width), dtype=np.float64)
+        for rows in _shares([len(encoding.ids) for encoding in encodings]):
+            batch = self.tokenizer.padded([encodings[row] for row in rows])
+            values[rows] = self._finished(self._run(*batch))
+        return Answers(values, tuple(i for i, encoding in enumerate(encodings) if encoding.overflowing))
+
+    def details(self) -> dict[str, Any]:
+        """For /metadata."""
+        about: dict[str, Any] = {
+            "task": "embedding" if self.labels is None else "classification",
+            "architecture": self.pretrained.architecture,
+            "longest_input_tokens": self.tokenizer.longest,
+            "engine": self.engine,
+        }
+        if self.labels is None:
+            about |= {
+                "embedding_size": self.width,
+                "pooling": self.pretrained.pooling,
+                "normalised": self.pretrained.normalised,
+            }
+        return about
+
+
+# --- what the folder says ----------------------------------------------------------------------------------------
+
+
+def _json(folder: ModelFolder, path: str) -> dict[str, Any]:
+    """A JSON object of the folder; empty where the file is not there."""
+    if path not in folder.files:
+        return {}
+    file = folder.path(path)
+    try:
+        body = json.loads(file.read_bytes()) if file.stat().st_size <= _LARGEST_JSON else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _failed(f"{path} cannot be read: {error}", "save the model again") from error
+    return body if isinstance(body, dict) else {}
+
+
+def _modules(folder: ModelFolder, root: str) -> tuple[str | None, bool, int]:
+    """Pooling, normalisation and longest input of sentence-transformers."""
+    path = f"{root}modules.json"
+    if path not in folder.files:
+        return None, False, _NO_LIMIT
+    try:
+        modules = json.loads(folder.path(path).read_bytes())
+        kinds = [(str(module["type"]).rsplit(".", 1)[-1], str(module["path"]).strip("/")) for module in modules]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _failed(f"modules.json cannot be read: {error}", "save the model again") from error
+    odd = [kind for kind, _ in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if odd:
+        raise _failed(
+            f"modules.json has a module {odd[0]}, which is not known here",
+            "export the whole of it to ONNX with sentence_embedding as output",
+        )
+    pooling = None
+    for kind, place in kinds:
+        if kind == "Pooling":
+            told = _json(folder, f"{root}{place}/config.json")
+            chosen = [name for name, key in _POOLING_KEYS.items() if told.get(key)]
+            if told.get("pooling_mode") in _POOLING_KEYS:
+                chosen = [told["pooling_mode"]]
+            if len(chosen) != 1:
+                raise _failed("its pooling is none of: " + ", ".join(_POOLING_KEYS), "export it with its pooling")
+            pooling = chosen[0]
+    longest = _limit(_json(folder, f"{root}sentence_bert_config.json").get("max_seq_length"))
+    return pooling, any(kind == "Normalize" for kind, _ in kinds), longest
+
+
+def _positions(config: dict[str, Any]) -> int:
+    """Tokens that the network has positions for."""
+    told = _limit(config.get("max_position_embeddings"), _LONGEST)
+    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        told -= int(config.get("pad_token_id") or 1) + 1  # they count from the padding's number on
+    return max(told, 3)
+
+
+def _limit(value: Any, without: int = _NO_LIMIT) -> int:
+    return int(value) if isinstance(value, int | float) and 0 < value < _NO_LIMIT else without
+
+
+def _normaliser(text: str, told: dict[str, Any]) -> str:
+    """tokenizer.json with the case and the accents of tokenizer_config.json, which transformers gives precedence."""
+    if not str(told.get("tokenizer_class", "")).startswith(("Bert", "DistilBert", "Electra", "MPNet")):
+        return text
+    body = json.loads(text)
+    normalizer = body.get("normalizer")
+    if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
+        return text
+    for theirs, ours in _NORMALISER_KEYS.items():
+        if theirs in told:
+            normalizer[ours] = told[theirs]
+    return json.dumps(body)
+
+
+_NORMALISER_KEYS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+_POOLING_KEYS = {
+    "mean": "pooling_mode_mean_tokens",
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+
+
+# --- the network -------------------------------------------------------------------------------------------------
+
+
+def _network(pretrained: Pretrained) -> tuple[Run, str]:
+    if pretrained.network is not None:
+        return _session(pretrained, pretrained.folder.path(pretrained.network)), "onnxruntime"
+    if not pretrained.weights:
+        raise _failed("there is neither an .onnx file nor a .safetensors file", encoders.EXPORT_HINT)
+    if pretrained.config.get("model_type") not in encoders.FAMILIES:
+        return _torch(pretrained), "torch"
+    files = [pretrained.folder.path(path) for path in pretrained.weights]
+    classify = _classifier_by_name(pretrained)
+    return _session(pretrained, encoders.graph(pretrained.config, encoders.tensors(files), classify)), "onnxruntime"
+
+
+def _session(pretrained: Pretrained, source: Path | bytes) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # one thread: many small requests go side by side, and waiting threads would spin
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    given = source if isinstance(source, bytes) else str(source)
+    try:
+        session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has an exception for each status, without a common base
+        message = f"the network cannot be loaded by ONNX Runtime: {str(error)[:500]}"
+        raise _failed(message, "export it for a lower opset") from error
+    inputs = {each.name: each for each in session.get_inputs()}
+    odd = [name for name in inputs if name not in ("input_ids", "attention_mask", "token_type_ids", "position_ids")]
+    if odd:
+        hint = "export the encoder or classifier alone; for a chat with a language model, use an LLM server"
+        raise _failed(f"the network takes {odd[0]!r}, which is not known here", hint)
+    output = _output(session)
+    types = {name: np.int32 if each.type == "tensor(int32)" else np.int64 for name, each in inputs.items()}
+
+    def run(ids: Integers, mask: Integers, segments: Integers) -> Floats:
+        feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": segments}
+        if "position_ids" in inputs:
+            feed["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+        answer = session.run([output], {name: feed[name].astype(types[name], copy=False) for name in inputs})[0]
+        return np.asarray(answer, dtype=np.float32)
+
+    return run
+
+
+def _output(session: Any) -> str:
+    """The output that tells most: logits, a pooled vector, or the vectors of the tokens."""
+    outputs = {each.name: each for each in session.get_outputs()}
+    for name in ("logits", "sentence_embedding", "last_hidden_state", "token_embeddings"):
+        if name in outputs:
+            return name
+    return str(next(iter(outputs)))
+
+
+def _torch(pretrained: Pretrained) -> Run:
+    """The model in torch, where the version's requirements brought torch and transformers."""
+    kind = pretrained.config.get("model_type")
+    try:
+        import torch  # type: ignore[import-not-found,unused-ignore]
+        import transformers
+    except ImportError as error:
+        message = f"a {kind} model in safetensors needs torch, which is not in this environment"
+        raise StartError(
+            "model_load_failed",
+            message,
+            f"{encoders.EXPORT_HINT}; or upload it with requirements that name torch and transformers",
+        ) from error
+    torch.set_num_threads(1)
+    loader: Any = transformers.AutoModel
+    if _classifier_by_name(pretrained):
+        loader = transformers.AutoModelForSequenceClassification
+    root = pretrained.folder.path(f"{pretrained.root}config.json").parent
+    try:
+        model = loader.from_pretrained(
+            str(root), local_files_only=True, trust_remote_code=False, use_safetensors=True
+        ).eval()
+    except Exception as error:  # whatever a model's own code raises
+        raise _failed(f"transformers cannot load it: {str(error)[:500]}", encoders.EXPORT_HINT) from error
+    segmented = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
+
+    def run(ids: Integers, mask: Integers, segments: Integers) -> Floats:
+        more = {"token_type_ids": torch.from_numpy(segments)} if segmented else {}
+        with torch.inference_mode():
+            given = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **more)
+        values = given.logits if "logits" in given else given.last_hidden_state
+        answer: Floats = values.float().numpy()
+        return answer
+
+    return run
+
+
+def _tried(run: Run, probe: tuple[Integers, Integers, Integers]) -> Floats:
+    try:
+        return run(*probe)
+    except StartError:
+        raise
+    except Exception as error:
+        message = f"the network cannot take a text: {str(error)[:500]}"
+        raise _failed(message, "export it with dynamic axes for the batch and the sequence") from error
+
+
+def _classifier_by_name(pretrained: Pretrained) -> bool:
+    return pretrained.architecture.endswith("ForSequenceClassification")
+
+
+def _classifies(pretrained: Pretrained, given: Floats) -> bool:
+    if given.ndim not in (2, 3) or given.shape[0] != 1:
+        raise _failed(
+            f"the network gives an array of shape {list(given.shape)} for one text",
+            "export it with feature-extraction or text-classification as its task",
+        )
+    if _classifier_by_name(pretrained):
+        if given.ndim == 2:
+            return True
+        raise _failed("config.json says a classifier, the network gives a value for each token", encoders.EXPORT_HINT)
+    if pretrained.architecture.endswith(_OTHER_TASKS):
+        raise _failed(
+            f"{pretrained.architecture} neither classifies nor embeds texts",
+            "serve it from a project: ekiben init; for a chat with a language model, use an LLM server",
+        )
+    return False
+
+
+_OTHER_TASKS = (
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForConditionalGeneration",
+)
+
+
+def _labels(pretrained: Pretrained, classes: int) -> tuple[str, ...]:
+    labels = pretrained.labels or tuple(f"LABEL_{i}" for i in range(classes))
+    if len(labels) != classes or len(set(labels)) != classes:
+        raise _failed(
+            f"config.json names {len(set(labels))} labels, the network has {classes} classes", "correct its id2label"
+        )
+    return labels
+
+
+def _scores(pretrained: Pretrained, classes: int) -> Callable[[Floats], NDArray[np.float64]]:
+    """As the text-classification pipeline of transformers chooses it."""
+    told = pretrained.config.get("problem_type")
+    if told == "regression":
+        return lambda logits: logits.astype(np.float64)
+    if told == "multi_label_classification" or classes == 1:
+        return sigmoid
+    return softmax
+
+
+def _vectors(pretrained: Pretrained) -> Callable[[Floats], NDArray[np.float64]]:
+    return unit if pretrained.normalised else lambda vectors: vectors.astype(np.float64)
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    odds = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    result: NDArray[np.float64] = odds / odds.sum(axis=1, keepdims=True)
+    return result
+
+
+def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = 0.5 * (1 + np.tanh(logits.astype(np.float64) / 2))
+    return result
+
+
+def unit(vectors: NDArray[Any]) -> NDArray[np.float64]:
+    """Of length 1 each."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    result: NDArray[np.float64] = vectors / np.maximum(lengths, 1e-12)
+    return result
+
+
+def _mean(hidden: Floats, mask: Integers) -> Floats:
+    weight = mask[:, :, None].astype(np.float32)
+    result: Floats = (hidden * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1e-9)
+    return result
+
+
+def _first(hidden: Floats, mask: Integers) -> Floats:
+    result: Floats = hidden[np.arange(len(hidden)), mask.argmax(axis=1)]
+    return result
+
+
+def _last(hidden: Floats, mask: Integers) -> Floats:
+    at = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+    result: Floats = hidden[np.arange(len(hidden)), at]
+    return result
+
+
+def _greatest(hidden: Floats, mask: Integers) -> Floats:
+    result: Floats = np.where(mask[:, :, None] == 1, hidden, -np.inf).max(axis=1)
+    return result
+
+
+_POOLINGS: dict[str, Callable[[Floats, Integers], Floats]] = {
+    "mean": _mean,
+    "cls": _first,
+    "max": _greatest,
+    "lasttoken": _last,
+}
+
+
+def _shares(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows that go through the network together: of like length, and not more tokens than memory has room for."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    shares: list[list[int]] = []
+    while order:
+        most = max(1, math.floor(_MAX_TOKENS / lengths[order[0]]))
+        shares.append(order[:most])
+        order = order[most:]
+    return shares
+
+
+def _failed(message: str, hint: str) -> StartError:
+    return StartError("model_load_failed", message, hint)

@@ -1,0 +1,1 @@
+"""The kind `transformers`: Hugging Face folders that classify or embed texts."""

@@ -1,0 +1,168 @@
+"""`python -m bentos.transformers.example DIR`: a small text classifier with its sample and answers, in seconds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bentos.serving import ModelFolder, write_model
+
+LABELS = ("complaint", "question", "thanks")
+LONGEST = 64
+_PARTS = {
+    "complaint": (
+        ("the parcel", "my order", "the invoice", "this phone", "the app"),
+        ("is broken", "never arrived", "was late again", "is wrong", "does not work"),
+        ("please fix it", "I am angry", "I want my money back", "this is too bad"),
+    ),
+    "question": (
+        ("where", "when", "how", "why", "who"),
+        ("can I find the parcel", "does the app start", "will my order arrive", "is the invoice", "can I return it"),
+        ("could you tell me", "do you know", "I wonder", "any idea"),
+    ),
+    "thanks": (
+        ("thank you", "many thanks", "great work", "wonderful", "well done"),
+        ("the parcel is here", "my order came early", "the app works", "you helped me", "it is a good phone"),
+        ("I am happy", "you are kind", "I will come back", "have a nice day"),
+    ),
+}
+
+
+def sentences(seed: int, count: int) -> tuple[list[str], list[int]]:
+    """Short messages to a shop, put together from parts, with the number of their label."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    texts, labels = [], []
+    for _ in range(count):
+        label = int(rng.integers(len(LABELS)))
+        chosen = [part[rng.integers(len(part))] for part in _PARTS[LABELS[label]]]
+        rng.shuffle(chosen)
+        texts.append(" ".join(chosen))
+        labels.append(label)
+    return texts, labels
+
+
+def files(seed: int = 0) -> dict[str, bytes]:
+    """A Hugging Face folder: a word-level tokenizer and a network of word vectors, their mean and one linear layer."""
+    import numpy as np
+
+    texts, labels = sentences(seed, 600)
+    tokenizer = words(texts)
+    encoded = [tokenizer.encode(text).ids for text in texts]
+    counts = np.zeros((len(texts), tokenizer.get_vocab_size()), np.float32)
+    for row, ids in enumerate(encoded):
+        np.add.at(counts[row], ids, 1.0 / len(ids))
+    rng = np.random.default_rng(seed)
+    table = rng.normal(0, 0.1, (counts.shape[1], 16)).astype(np.float32)
+    weight, target = np.zeros((16, len(LABELS)), np.float32), np.eye(len(LABELS), dtype=np.float32)[labels]
+    for _ in range(300):
+        hidden = counts @ table
+        scores = hidden @ weight
+        odds = np.exp(scores - scores.max(axis=1, keepdims=True))
+        slope = (odds / odds.sum(axis=1, keepdims=True) - target) / len(texts)
+        table, weight = table - 20 * counts.T @ (slope @ weight.T), weight - 20 * hidden.T @ slope
+    config = {
+        "architectures": ["WordsForSequenceClassification"],
+        "model_type": "words",
+        "id2label": {str(i): label for i, label in enumerate(LABELS)},
+        "max_position_embeddings": LONGEST,
+        "pad_token_id": 0,
+    }
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": LONGEST, "pad_token": "[PAD]"}
+    return {
+        "config.json": json.dumps(config, indent=1).encode(),
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(told, indent=1).encode(),
+        "model.onnx": network(table, weight),
+    }
+
+
+def words(texts: list[str]) -> Any:
+    """A tokenizer that knows the words of these texts."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    known = {"[PAD]": 0, "[UNK]": 1}
+    for word in sorted({word for text in texts for word in text.lower().split()}):
+        known[word] = len(known)
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def network(table: Any, weight: Any) -> bytes:
+    """ONNX: the mean of the words' vectors where the mask is 1, times the weights."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node
+    constants = {"table": table, "weight": weight, "last": np.array([2]), "tokens": np.array([1])}
+    graph = helper.make_graph(
+        [
+            node("Gather", ["table", "input_ids"], ["vectors"]),
+            node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+            node("Unsqueeze", ["mask", "last"], ["column"]),
+            node("Mul", ["vectors", "column"], ["present"]),
+            node("ReduceSum", ["present", "tokens"], ["total"], keepdims=0),
+            node("ReduceSum", ["column", "tokens"], ["count"], keepdims=0),
+            node("Div", ["total", "count"], ["mean"]),
+            node("MatMul", ["mean", "weight"], ["logits"]),
+        ],
+        "words",
+        [helper.make_tensor_value_info(n, TensorProto.INT64, ["n", "tokens"]) for n in ("input_ids", "attention_mask")],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", weight.shape[1]])],
+        [
+            numpy_helper.from_array(array, name)
+            for array, name in (
+                (table, "table"),
+                (weight, "weight"),
+                (np.array([2]), "last"),
+                (np.array([1]), "tokens"),
+            )
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9  # what older runtimes read too
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def write(root: Path, seed: int = 0) -> ModelFolder:
+    """Expected answers come from ONNX Runtime and the tokenizer themselves, not from the kind's code."""
+    import numpy as np
+    import onnxruntime
+    from tokenizers import Tokenizer
+
+    made = files(seed)
+    sample = sentences(seed + 1, 5)[0]
+    tokenizer = Tokenizer.from_str(made["tokenizer.json"].decode())
+    session = onnxruntime.InferenceSession(made["model.onnx"], providers=["CPUExecutionProvider"])
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    encodings = tokenizer.encode_batch(sample)
+    feed = {
+        "input_ids": np.array([encoding.ids for encoding in encodings]),
+        "attention_mask": np.array([encoding.attention_mask for encoding in encodings]),
+    }
+    outputs = []
+    for logits in session.run(None, feed)[0].astype(np.float64):
+        odds = np.exp(logits - logits.max())
+        scores = (odds / odds.sum()).tolist()
+        best = int(np.argmax(scores))
+        by_label = dict(zip(LABELS, scores, strict=True))
+        outputs.append({"label": LABELS[best], "score": scores[best], "scores": by_label})
+    return write_model(
+        root,
+        kind="transformers",
+        format="transformers-onnx",
+        files=made,
+        sample={"inputs": sample},
+        expected={"outputs": outputs},
+    )
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[1] if len(sys.argv) > 1 else "model")).root)
