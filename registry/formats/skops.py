@@ -103,7 +103,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
 
 
 def accepted() -> list[str]:
-    """Every type that is accepted, sorted: the same list as bentos/sklearn/trusted.json, by which files are loaded."""
+    """Every type that is accepted, sorted: the same list as bentos/formats/trusted.json, by which files are loaded."""
     return sorted(frozenset[str]().union(*_ALLOWED.values()))
 
 
@@ -385,5 +385,5 @@ def npy_values(data: bytes) -> list[Scalar] | None:
     return [int.from_bytes(item, "big" if order == "big" else "little", signed=kind == b"i") for item in items]
 
 
-if __name__ == "__main__":  # python -m registry.formats.skops > bentos/sklearn/trusted.json
+if __name__ == "__main__":  # python -m registry.formats.skops > bentos/formats/trusted.json
     print(json.dumps(accepted(), indent=0))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bentos.lightgbm.service import Model
+from bentos.formats.lightgbm import Model
 from bentos.serving import Problem, StartError, write_model
 from bentos.serving.answers import answer
 

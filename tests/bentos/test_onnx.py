@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bentos.onnx.service import Model
+from bentos.formats.onnx import Model
 from bentos.serving import Problem, StartError, write_model
 
 

@@ -31,8 +31,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.svm import SVC
 
+from bentos.formats.skops import Model
 from bentos.serving import Problem, StartError, write_model
-from bentos.sklearn.service import Model
 
 DATA, LABELS = make_classification(200, 5, random_state=0)
 

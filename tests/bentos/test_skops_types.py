@@ -42,8 +42,8 @@ from sklearn.preprocessing import (
 from sklearn.svm import SVC
 from skops.io.exceptions import UnsupportedTypeException
 
+from bentos.formats.skops import Model, trusted
 from bentos.serving import StartError, write_model
-from bentos.sklearn.service import Model, trusted
 from registry.errors import UserError
 from registry.formats import Recognised, recognise
 from registry.formats.skops import accepted
@@ -114,7 +114,7 @@ def _rows(data: Any) -> list[Any]:
 
 
 def test_there_is_one_list() -> None:
-    assert trusted() == frozenset(accepted()), "run: python -m registry.formats.skops > bentos/sklearn/trusted.json"
+    assert trusted() == frozenset(accepted()), "run: python -m registry.formats.skops > bentos/formats/trusted.json"
 
 
 @pytest.mark.parametrize(("estimator", "data"), ESTIMATORS.values(), ids=ESTIMATORS)

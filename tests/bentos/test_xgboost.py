@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import xgboost
 
+from bentos.formats.xgboost import Model
 from bentos.serving import Problem, StartError, write_model
-from bentos.xgboost.service import Model
 
 RNG = np.random.default_rng(2)
 ROWS = 300
