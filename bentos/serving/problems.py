@@ -98,12 +98,14 @@ class Problems:
     """ASGI layer: error answers of BentoML, Starlette or the user's code become problem+json, without stack traces.
 
     With `json_only` it refuses a POST whose body is not declared to be JSON: BentoML would otherwise take forms and
-    pickle-like formats, and a web page could post to a server on localhost without asking.
+    pickle-like formats, and a web page could post to a server on localhost without asking. `uploads` lets forms with
+    files and pictures in as well.
     """
 
-    def __init__(self, app: App, json_only: bool = False) -> None:
+    def __init__(self, app: App, json_only: bool = False, uploads: bool = False) -> None:
         self.app = app
         self.json_only = json_only
+        self.uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,8 +114,8 @@ class Problems:
         if self.json_only and scope["method"] == "POST":
             media_type = next((v for k, v in scope["headers"] if k == b"content-type"), b"application/json")
             essence = media_type.split(b";", 1)[0].strip().lower()
-            if essence != b"application/json" and not essence.endswith(b"+json"):
-                await send_problem(send, unsupported_media_type(essence.decode("latin-1")))
+            if not (_is_json(essence) or (self.uploads and _is_upload(essence))):
+                await send_problem(send, unsupported_media_type(essence.decode("latin-1"), self.uploads))
                 return
         await self.app(scope, receive, translated(send, scope))
 
@@ -172,9 +174,20 @@ def from_answer(status: int, body: bytes, method: str, path: str) -> Problem:
     return Problem("invalid_request", str(said) if said else f"refused with status {status}", status=status)
 
 
-def unsupported_media_type(given: str) -> Problem:
+def unsupported_media_type(given: str, uploads: bool = False) -> Problem:
     hint = "send JSON with the header content-type: application/json"
-    return Problem("unsupported_media_type", f"the body is declared as {given}, not as JSON", hint=hint, status=415)
+    if uploads:
+        hint += ", multipart/form-data with a file, or a picture as image/jpeg, image/png or image/webp"
+    instead = "not as JSON, a form with a file, or a picture" if uploads else "not as JSON"
+    return Problem("unsupported_media_type", f"the body is declared as {given}, {instead}", hint=hint, status=415)
+
+
+def _is_json(essence: bytes) -> bool:
+    return essence == b"application/json" or essence.endswith(b"+json")
+
+
+def _is_upload(essence: bytes) -> bool:
+    return essence in (b"multipart/form-data", b"application/octet-stream") or essence.startswith(b"image/")
 
 
 def _from_validation(errors: list[Any], status: int) -> Problem:
@@ -187,6 +200,8 @@ def _from_validation(errors: list[Any], status: int) -> Problem:
             return Problem("invalid_json", message, field="body", hint=hint, status=400)
         case "missing":
             return Problem("missing_field", f"{field} is missing", field=field, hint=_DOCS, status=422)
+        case "extra_forbidden":
+            return Problem("unknown_field", f"{field} is no field of a request", field=field, hint=_DOCS, status=422)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return Problem(
         "invalid_field", f"{field or 'body'}: {message}{more}", field=field or "body", hint=_DOCS, status=422

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -48,11 +49,27 @@ class _Offered(Starlette):
 def offer(service: Any) -> Any:
     """Add the routes and the problem+json errors to a kind's BentoML service; its instance carries `about`.
 
-    Use it as the outermost decorator. The routes of a user's service of the same path go first.
+    Use it as the outermost decorator. The routes of a user's service of the same path go first. A service whose
+    predict route takes an Upload is sent forms with files and pictures too; any other is sent JSON alone.
     """
+    for api in service.apis.values():
+        _refuse_unknown_fields(api.input_spec)
     mount(service)
-    service.add_asgi_middleware(Problems, json_only=True)
+    service.add_asgi_middleware(Problems, json_only=True, uploads=takes_uploads(service))
     return service
+
+
+def takes_uploads(service: Any) -> bool:
+    """Whether the argument of an API is an Upload (bentos/serving/uploads.py)."""
+    loaded = sys.modules.get("bentos.serving.uploads")  # imported by such a service
+    return loaded is not None and any(issubclass(api.input_spec, loaded.Upload) for api in service.apis.values())
+
+
+def _refuse_unknown_fields(body: Any) -> None:
+    """A misspelt field must not be ignored in silence; a body that says itself what it takes is left alone."""
+    if body.model_config.get("extra") is None and not getattr(body, "__pydantic_root_model__", False):
+        body.model_config = {**body.model_config, "extra": "forbid"}
+        body.model_rebuild(force=True)
 
 
 def mount(service: Any) -> None:
@@ -201,6 +218,8 @@ def openapi(service: Any, who: Served, about: About) -> dict[str, Any]:
             example = about.example
         if example is not None:
             content["example"] = example
+        if takes_uploads(service):
+            _describe_uploads(operation, about.input or {})
         responses = operation.setdefault("responses", {})
         for status in [s for s in responses if s != "200"]:
             del responses[status]
@@ -223,6 +242,23 @@ def openapi(service: Any, who: Served, about: About) -> dict[str, Any]:
             },
         }
     return spec
+
+
+def _describe_uploads(operation: dict[str, Any], schema: dict[str, Any]) -> None:
+    """The other two ways to send a picture: as a file of a form, and as the body itself with the rest in the query."""
+    from bentos.serving.uploads import PICTURE
+
+    file = {"type": "string", "format": "binary"}
+    others = {name: each for name, each in schema.get("properties", {}).items() if name not in (PICTURE, "pictures")}
+    form = {"type": "object", "properties": {PICTURE: file, **others}}
+    operation["requestBody"]["content"]["multipart/form-data"] = {"schema": form}
+    for media_type in ("image/jpeg", "image/png", "image/webp", "application/octet-stream"):
+        operation["requestBody"]["content"][media_type] = {"schema": file}
+    if others:
+        operation["parameters"] = [
+            {"name": name, "in": "query", "schema": each, "description": "where the body is the picture itself"}
+            for name, each in others.items()
+        ]
 
 
 def _body_schema(service: Any, part: str) -> dict[str, Any] | None:
