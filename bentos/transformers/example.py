@@ -115,15 +115,7 @@ def network(table: Any, weight: Any) -> bytes:
         "words",
         [helper.make_tensor_value_info(n, TensorProto.INT64, ["n", "tokens"]) for n in ("input_ids", "attention_mask")],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", weight.shape[1]])],
-        [
-            numpy_helper.from_array(array, name)
-            for array, name in (
-                (table, "table"),
-                (weight, "weight"),
-                (np.array([2]), "last"),
-                (np.array([1]), "tokens"),
-            )
-        ],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 9  # what older runtimes read too

@@ -22,6 +22,7 @@ from registry.formats import (
     safetensors,
     skops,
     tensorflow,
+    transformers,
     xgboost,
 )
 from registry.formats.upload import OpenFile, Recognised, Upload, read_up_to, shown
@@ -38,6 +39,8 @@ FORMATS: Mapping[str, str] = {
     safetensors.FORMAT: "safetensors",
     keras.FORMAT: "Keras v3 .keras",
     tensorflow.FORMAT: "TensorFlow SavedModel folder",
+    transformers.ONNX: "Hugging Face folder with model.onnx and tokenizer.json",
+    transformers.SAFETENSORS: "Hugging Face folder with model.safetensors and tokenizer.json",
     project.FORMAT: "a folder with a BentoML project",
 }
 
@@ -79,6 +82,8 @@ def recognise(sizes: Mapping[str, int] | Sequence[tuple[str, int]], open: OpenFi
     if (found := project.recognise(upload)) is not None:
         return found
     if (found := tensorflow.recognise(upload)) is not None:
+        return found
+    if (found := transformers.recognise(upload)) is not None:
         return found
     models: list[Recognised] = []
     for path in sorted(upload.sizes)[:_MOST_MODELS]:

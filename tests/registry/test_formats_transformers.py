@@ -1,0 +1,145 @@
+"""Hugging Face folders are known by their content, and refused whole where a part is missing or would run code."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from bentos.transformers.example import files as example_files
+from registry.errors import UserError
+from registry.formats import Recognised, choose_kind, recognise
+from registry.kinds import Kinds
+
+KINDS = Kinds.load(Path(__file__).parents[2] / "bentos")
+CONFIG = {"architectures": ["BertModel"], "model_type": "bert"}
+TOKENIZER = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}}
+
+
+def see(files: dict[str, bytes]) -> Recognised:
+    return recognise({name: len(data) for name, data in files.items()}, lambda name: io.BytesIO(files[name]))
+
+
+def refused(files: dict[str, bytes]) -> UserError:
+    with pytest.raises(UserError) as raised:
+        see(files)
+    assert raised.value.hint
+    return raised.value
+
+
+def folder(**more: bytes | None) -> dict[str, bytes]:
+    """config.json, tokenizer.json and safetensors of two tensors; `__` in a name stands for a dot."""
+    files = {
+        "config.json": json.dumps(CONFIG).encode(),
+        "tokenizer.json": json.dumps(TOKENIZER).encode(),
+        "model.safetensors": tensors("a", "b"),
+        **{name.replace("__", "."): data for name, data in more.items()},
+    }
+    return {name: data for name, data in files.items() if data is not None}
+
+
+def tensors(*names: str) -> bytes:
+    return save({name: np.ones((2, 3), np.float32) for name in names})
+
+
+def sharded(places: dict[str, str], shards: dict[str, bytes]) -> dict[str, bytes]:
+    index = {"metadata": {"total_size": 48}, "weight_map": places}
+    return {**folder(model__safetensors=None), "model.safetensors.index.json": json.dumps(index).encode(), **shards}
+
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def test_a_folder_with_onnx_and_one_with_safetensors_go_to_the_kind_transformers() -> None:
+    onnx = see(example_files())
+    assert (onnx.format, onnx.path, onnx.signature) == ("transformers-onnx", "model.onnx", None)
+    assert choose_kind(onnx, KINDS) == "transformers"
+    weights = see(folder())
+    assert weights.format == "transformers-safetensors"
+    assert weights.notes == ("A bert model of 2 tensors, with its tokenizer.",)
+    assert choose_kind(weights, KINDS) == "transformers"
+
+
+def test_a_folder_within_a_folder_and_onnx_within_onnx_are_found() -> None:
+    files = example_files()
+    moved = {f"shop/{name}": data for name, data in files.items() if name != "model.onnx"}
+    found = see({**moved, "shop/onnx/model.onnx": files["model.onnx"], "shop/README.md": b"# shop"})
+    assert (found.format, found.path) == ("transformers-onnx", "shop/onnx/model.onnx")
+    both = see({**files, "model.safetensors": tensors("a")})
+    assert both.format == "transformers-onnx"
+    assert any("can be left out" in note for note in both.notes)
+
+
+def test_shards_must_all_be_there_be_whole_and_hold_what_the_index_says() -> None:
+    places = {"a": ONE, "b": TWO}
+    whole = {ONE: tensors("a"), TWO: tensors("b")}
+    assert see(sharded(places, whole)).notes == ("A bert model of 2 tensors, with its tokenizer.",)
+    missing = refused(sharded(places, {ONE: whole[ONE]}))
+    assert missing.code == "truncated_model"
+    assert f"1 of 2 shards are missing, such as {TWO}" in missing.detail
+    assert refused(sharded(places, {**whole, TWO: whole[TWO][:-1]})).code == "truncated_model"
+    assert refused(sharded(places, {**whole, TWO: b""})).code == "truncated_model"
+    assert "'b'" not in refused(sharded(places, {**whole, TWO: tensors("c")})).detail
+    assert "the tensor b is not in it" in refused(sharded(places, {**whole, TWO: tensors("c")})).detail
+    assert (
+        "does not name stray.safetensors"
+        in refused(sharded(places, {**whole, "stray.safetensors": ONE.encode()})).detail
+    )
+    assert refused(sharded({"a": "../../etc/passwd"}, whole)).code == "truncated_model"
+    without = {**folder(model__safetensors=None), **whole}
+    assert "2 files of weights and no index" in refused(without).detail
+
+
+def test_pickled_weights_are_refused_with_the_way_to_safetensors_and_onnx() -> None:
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": 1}))
+    legacy = pickle.dumps({"a": [1.0]})
+    for name, data in (("pytorch_model.bin", zipped.getvalue()), ("pytorch_model.bin", legacy), ("more.dat", legacy)):
+        error = refused({**folder(model__safetensors=None), name: data})
+        assert error.code == "pickle_refused"
+        assert name in error.detail
+        assert "safe_serialization=True" in (error.hint or "")
+        assert "optimum-cli" in (error.hint or "")
+    # beside good weights it is refused too: what is kept as a version must not hold one
+    assert refused({**example_files(), "pytorch_model.bin": legacy}).code == "pickle_refused"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_the_folders_own_is_refused(name: str) -> None:
+    body: dict[str, Any] = {**CONFIG, "auto_map": {"AutoModel": "modeling.Mine"}}
+    error = refused({**folder(), name: json.dumps(body).encode()})
+    assert error.code == "transformers_code"
+    assert name in error.detail
+
+
+def test_a_model_that_generates_is_sent_to_an_llm_server() -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    error = refused({**folder(), "config.json": json.dumps(config).encode()})
+    assert error.code == "transformers_task"
+    assert "LLM server" in (error.hint or "")
+
+
+def test_what_is_missing_is_named() -> None:
+    assert refused(folder(tokenizer__json=None)).code == "transformers_no_tokenizer"
+    assert refused(folder(model__safetensors=None)).code == "transformers_no_weights"
+    assert refused(folder(tokenizer__json=b'{"version": "1.0"}')).code == "invalid_model"
+    adapter = folder(adapter_config__json=b"{}")
+    assert refused(adapter).code == "transformers_adapter"
+    broken = {**example_files(), "model.onnx": example_files()["model.onnx"][:-200]}
+    assert refused(broken).code == "truncated_model"
+    two = {**example_files(), "onnx/model_quantized.onnx": example_files()["model.onnx"]}
+    assert refused(two).code == "several_models"
+
+
+def test_other_uploads_with_a_config_json_are_left_to_their_recognisers() -> None:
+    network = example_files()["model.onnx"]
+    assert see({"model.onnx": network, "config.json": json.dumps({"model_type": "vit"}).encode()}).format == "onnx"
+    assert see({"model.onnx": network, "config.json": b'{"rate": 3}', "tokenizer.json": b"{}"}).format == "onnx"
