@@ -319,6 +319,7 @@ def inputs_schema(row: dict[str, Any]) -> dict[str, Any]:
         "type": "object",
         "properties": {"inputs": {"type": "array", "minItems": 1, "items": row}},
         "required": ["inputs"],
+        "additionalProperties": False,
     }
 
 
