@@ -56,12 +56,6 @@ class Running:
         operation = self.get("/docs.json").json()["paths"][self.kind.predict]["post"]
         return "multipart/form-data" in operation["requestBody"]["content"]
 
-    @property
-    def pictures(self) -> bool:
-        """Whether requests may be forms with a file, as the documentation shows."""
-        operation = self.get("/docs.json").json()["paths"][self.kind.predict]["post"]
-        return "multipart/form-data" in operation["requestBody"]["content"]
-
     def post(self, body: Any, media_type: str = "application/json") -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.client.post(self.kind.predict, content=content, headers={"content-type": media_type})
