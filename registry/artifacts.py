@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from registry.errors import InfrastructureError, UserError
 from registry.manifest import DEEPEST_PATH, SCHEMA, check_path
@@ -91,6 +91,17 @@ def bring(place: Place, into: Path, most_bytes: int, most_files: int) -> Brought
     for path, each in sorted(chosen.items()):
         download.file(each, into / "files" / path)
     return Brought(kind, flavour)
+
+
+def opener(place: Place, scratch: Path) -> Callable[[str], BinaryIO]:
+    """Opens files of a place by their path there; each is brought to `scratch` first, in place of the one before."""
+    download = _Download(place, scratch, 0)
+
+    def open_file(path: str) -> BinaryIO:
+        remote = f"{place.path}/{path}".strip("/")
+        return download.here(Found(path, remote, None)).open("rb")
+
+    return open_file
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------
@@ -230,21 +241,21 @@ class _Download:
         """The bytes of a small file; None where it is not small."""
         if (file.size or 0) > _SMALL:
             return None
-        path = self._here(file)
+        path = self.here(file)
         try:
             return path.read_bytes() if path.stat().st_size <= _SMALL else None
         finally:
             path.unlink()
 
     def file(self, file: Found, target: Path) -> None:
-        path = self._here(file)
+        path = self.here(file)
         self._total += path.stat().st_size
         if self._total > self._most:  # the listing said otherwise
             raise too_large(self._most)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
 
-    def _here(self, file: Found) -> Path:
+    def here(self, file: Found) -> Path:
         self._refuse_way_out(file)
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir(parents=True)

@@ -8,7 +8,8 @@ output for each one done. Every action can be repeated. `fetch` (registry.runs) 
     {"id": 7, "action": "version", "name": "churn", "number": 3, "version_id": "01J…", "source": "file:///…",
      "digest": "sha256:…", "kind": "lightgbm", "format": "lightgbm-text", "labels": {…}, "created": 1763…}
     {"id": 8, "action": "alias", "name": "churn", "version_id": "01J…", "alias": "live"}
-    {"id": 9, "action": "delete", "name": "churn", "version_id": "01J…"}
+    {"id": 9, "action": "labels", "name": "churn", "version_id": "01J…", "labels": {…}, "gone": ["stage"]}
+    {"id": 10, "action": "delete", "name": "churn", "version_id": "01J…"}
     {"id": 1, "action": "fetch", "run_id": "…" | null, "artifact_path": "…" | null, "model_uri": "…" | null,
      "into": "/…", "max_bytes": 1000, "max_files": 10}
 """
@@ -41,6 +42,11 @@ def apply(client: MlflowClient, action: dict[str, Any]) -> None:
             _create(client, action)
     elif known is None:
         return  # deleted in the meantime, or not ours
+    elif action["action"] == "labels":
+        for key, value in action["labels"].items():
+            client.set_model_version_tag(action["name"], known, key, value[:_LONGEST_TAG])
+        for key in action.get("gone") or []:
+            client.delete_model_version_tag(action["name"], known, key)
     elif action["action"] == "alias":
         client.set_registered_model_alias(action["name"], action["alias"], known)
     elif action["action"] == "delete":
@@ -154,12 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Project versions into MLflow: actions as JSON lines on stdin.")
     parser.add_argument("--uri", required=True, help="MLflow's tracking and registry URI")
     arguments = parser.parse_args()
-    import mlflow
-    from mlflow import MlflowClient
-
-    mlflow.set_tracking_uri(arguments.uri)  # some of MLflow's own parts ask for what is set, not for the client's
-    mlflow.set_registry_uri(arguments.uri)
-    client = MlflowClient(tracking_uri=arguments.uri, registry_uri=arguments.uri)
+    client = runs.client_of(arguments.uri)
     for line in sys.stdin:
         action = json.loads(line)
         if action["action"] == "fetch":

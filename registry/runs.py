@@ -1,19 +1,31 @@
 """Models of MLflow's runs and of its registry: where each is, and what is remembered of it.
 
-Used by `registry.catalogue`, which alone talks to MLflow. Nothing is ever loaded: `registry.artifacts` brings files.
+Used by `registry.catalogue`, which talks to MLflow for the service, and as a command that brings a model folder here:
+
+    python -m registry.runs 0f3c… FOLDER                        a training run's model
+    python -m registry.runs models:/ranker/3 FOLDER             a version, as MLflow numbers it
+    python -m registry.runs models:/ranker@live FOLDER          whatever has the alias
+
+Nothing is ever unpickled or imported: `registry.artifacts` brings files, and each is checked against the manifest.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
+import sys
+import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry import artifacts
-from registry.errors import UserError
+from registry.checkout import checkout
+from registry.errors import EkibenError, UserError
 from registry.manifest import check_path
 from registry.origin import LOGGED_URI, PATH_LABEL, RUN_LABEL, RUN_URI, VERSION_URI, Source
 
@@ -35,6 +47,38 @@ def fetch(client: MlflowClient, order: dict[str, Any]) -> dict[str, Any]:
     brought = artifacts.bring(place, Path(order["into"]), int(order["max_bytes"]), int(order["max_files"]))
     labels = {key: value for key, value in place.labels.items() if len(value) <= _LONGEST_LABEL}
     return {"name": place.name, **asdict(brought), "labels": labels}
+
+
+def load(client: MlflowClient, named: str, into: Path) -> Path:
+    """Bring a model folder (docs/design.md §4) to `into`, which must not be there yet, every file as it was saved.
+
+    `named` is the ID of a run of a training program, `runs:/ID/PATH`, `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
+    Raises UserError for what is not there or is no model folder, InfrastructureError for a file that was changed.
+    """
+    if into.exists():
+        raise UserError("folder_exists", f"{into} is there already.", field="into", hint="Name a new folder.")
+    source = Source.of(None, None, named) if ":" in named else Source.of(named, None, None)
+    place = _of_uri(client, source.model_uri) if source.model_uri else _of_run(client, source)
+    _refuse_local(client, place)
+    place = _whole(client, place)
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ekiben-load-", dir=into.parent) as scratch:
+        return checkout(artifacts.opener(place, Path(scratch)), "", into)
+
+
+def _whole(client: MlflowClient, place: artifacts.Place) -> artifacts.Place:
+    """The model folder itself: versions of the service name its `files`, beside which is the rest."""
+    if artifacts.exists(place.repository, f"{place.path}/manifest.json".strip("/")):
+        return place
+    location = str(place.repository.artifact_uri).rstrip("/")
+    if not place.path and location.endswith("/files"):
+        above = artifacts.Place(_repository(client, location.removesuffix("/files")), "", place.name, place.labels)
+        if artifacts.exists(above.repository, "manifest.json"):
+            return above
+    raise UserError(
+        "no_model_folder", "What MLflow has there is no model folder: it has no manifest.json.", field="model",
+        hint="Have it served by its run: POST /models with run_id=…; or train it with python -m bentos.KIND.train.",
+    )  # fmt: skip
 
 
 # --- where it is -----------------------------------------------------------------------------------------------------
@@ -195,3 +239,35 @@ def _telling(path: str) -> str | None:
 def _shown(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
     return ", ".join(name[:100] for name in names[:_MOST_SHOWN]) + more
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m registry.runs", description="Bring a model folder out of MLflow: a run's, or a version's."
+    )
+    parser.add_argument("model", help="RUN_ID, runs:/RUN_ID/PATH, models:/NAME/VERSION or models:/NAME@ALIAS")
+    parser.add_argument("into", type=Path, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--uri", help="MLflow (default: the SQLite file mlflow.db in EKIBEN_HOME, ~/.ekiben)")
+    options = parser.parse_args(arguments)
+    home = Path(os.environ.get("EKIBEN_HOME") or "~/.ekiben").expanduser().absolute()
+    try:
+        print(load(client_of(options.uri or f"sqlite:///{home / 'mlflow.db'}"), options.model, options.into))
+    except EkibenError as error:
+        print(f"{error.detail} [{error.code}]" + (f"\n{error.hint}" if error.hint else ""), file=sys.stderr)
+        return 1
+    return 0
+
+
+def client_of(uri: str) -> MlflowClient:
+    """A client of MLflow's tracking and registry; takes seconds."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+    import mlflow
+    from mlflow import MlflowClient
+
+    mlflow.set_tracking_uri(uri)  # some of MLflow's own parts ask for what is set, not for the client's
+    mlflow.set_registry_uri(uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

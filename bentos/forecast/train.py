@@ -31,13 +31,18 @@ from bentos.forecast import data, features
 from bentos.forecast.data import Panel, Series
 from bentos.forecast.features import DAILY, MONTHLY, NAMES, WEEKLY, Cadence, Plan
 from bentos.forecast.forecasting import LEAST_DAYS, Forecaster
+from bentos.serving.model import ModelFolder
 from bentos.training import command
+from bentos.training.gate import Gate
 from bentos.training.outcome import Outcome, Progress, table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 TEST_WINDOWS = 4
+GATE = ("wape", "lower")
+TOLERANCE = 0.002
+"""Share of the sales by which the error may grow: between two seeds it moves by about as much."""
 _PLANNED = ("holiday", "holiday_next", "discount", "paid_ratio", "temperature", "temperature_change")
 _WEATHER = ("temperature", "temperature_change")
 _PAST = ("paid_ratio", "discount_recent", "temperature_recent", "temperature_change")
@@ -130,7 +135,8 @@ def fit(rows: Rows, settings: Settings, progress: Progress, what: str, categoric
         "force_row_wise": True,
         "verbosity": -1,
     }
-    return lgb.train(parameters, dataset, settings.rounds, callbacks=[progress.rounds(what, settings.rounds)])
+    with progress.rounds(what, settings.rounds) as report:
+        return lgb.train(parameters, dataset, settings.rounds, callbacks=[report])
 
 
 def rmse(actual: Floats, forecast: Floats) -> float:
@@ -143,7 +149,7 @@ def wape(actual: Floats, forecast: Floats) -> float:
     return float(np.abs(actual - forecast).sum() / np.abs(actual).sum())
 
 
-def evaluate(panel: Panel, booster: lgb.Booster, settings: Settings, categories: Sequence[Sequence[str]]) -> Scores:
+def measure(panel: Panel, booster: lgb.Booster, settings: Settings, categories: Sequence[Sequence[str]]) -> Scores:
     """Errors in the test windows, beside the naive forecasts and the true mean."""
     origin, horizon = windows(panel.length, settings.horizon, TEST_WINDOWS)
     rows = rows_at(panel, origin, horizon, DAILY, categories)
@@ -195,6 +201,13 @@ def evaluate_real(name: str, settings: Settings, progress: Progress) -> Scores:
     return Scores.of(name, _period(series, origin, horizon, cadence), rows.sales, forecasts)
 
 
+def evaluate(folder: ModelFolder, settings: Settings) -> dict[str, float]:
+    """The metrics of a saved model in the test windows of these settings, as its training logged them."""
+    forecaster = Forecaster.load(folder.path())
+    panel = data.make(settings.stores, settings.days, settings.seed)
+    return measure(panel, forecaster.booster, settings, forecaster.categories).metrics()
+
+
 @dataclass(frozen=True)
 class Scores:
     """Forecasts beside what came, on the same days for all: those where every one of them is known."""
@@ -234,7 +247,7 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
     progress(f"{len(panel.series)} series, {len(rows.sales)} training rows of {len(NAMES)} features")
     booster = fit(rows, settings, progress, "demand")
     booster.pandas_categorical = categories  # so the model file itself says which numbers stand for which names
-    scores = [evaluate(panel, booster, settings, categories)]
+    scores = [measure(panel, booster, settings, categories)]
     metrics = scores[0].metrics()
     for name in settings.real:
         scores.append(evaluate_real(name, settings, progress))
@@ -329,7 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is not installed; install it, or leave the real series out with --real none")
     print(shown)
-    return command.finish(outcome, options, progress)
+    gate = Gate(*GATE, TOLERANCE, lambda folder: evaluate(folder, settings))
+    return command.finish(outcome, options, progress, gate)
 
 
 def _rows(

@@ -29,13 +29,18 @@ from bentos.ranker import clicks, data
 from bentos.ranker.features import Columns, Search, matrix
 from bentos.ranker.ndcg import mean_ndcg
 from bentos.ranker.ranking import Ranker
+from bentos.serving.model import ModelFolder
 from bentos.training import command
+from bentos.training.gate import Gate
 from bentos.training.outcome import Outcome, Progress, table
 
 Floats = NDArray[np.float64]
 VARIANTS = ("lambdamart", "regression")
 FLOOR = 0.05
 """Least examination: no click weighs more than 20."""
+GATE = ("ndcg_10", "higher")
+TOLERANCE = 0.005
+"""NDCG that a new model may lose: between two seeds of the small training it moves by about as much."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +80,25 @@ class Prepared:
     world: data.World
     columns: Columns
     looked: Floats  # (PLACES,)
-    train: Floats  # (n, PLACES, features)
-    held_out: Floats
+    rate: Floats  # by picture: debiased click-through rate
+    impressions: NDArray[np.int64]
+    held_out: Floats  # (n, PLACES, features)
     held_out_searches: Sequence[Search]
 
+    def training(self) -> Floats:
+        """Features of the searches to train on, (n, PLACES, features)."""
+        searches = data.as_searches(self.world, self.world.train, self.rate, self.impressions)
+        return _stack(self.columns, searches)
 
-def prepare(world: data.World) -> Prepared:
-    """Estimates the examination and the debiased rates from the history, then works out all features."""
+
+def prepare(world: data.World, columns: Columns) -> Prepared:
+    """Estimates the examination and the debiased rates from the history, then works out the held-out features."""
     looked = clicks.examination(world.history_log, FLOOR)
     rate, impressions = clicks.debiased_rate(
         world.history_log, world.history.pictures, looked, len(world.pictures.animal)
     )
-    columns = Columns(data.FEATURES)
-    train = data.as_searches(world, world.train, rate, impressions)
     held_out = data.as_searches(world, world.held_out, rate, impressions)
-    return Prepared(world, columns, looked, _stack(columns, train), _stack(columns, held_out), held_out)
+    return Prepared(world, columns, looked, rate, impressions, _stack(columns, held_out), held_out)
 
 
 def click_lists(features: Floats, log: clicks.Log, looked: Floats) -> Rows:
@@ -140,29 +149,30 @@ def fit(rows: Rows, names: Sequence[str], settings: Settings, progress: Progress
     dataset = lgb.Dataset(
         rows.features, rows.label, weight=rows.weight, group=rows.group, feature_name=list(names), free_raw_data=True
     )
-    return lgb.train(parameters, dataset, settings.rounds, callbacks=[progress.rounds(what, settings.rounds)])
+    with progress.rounds(what, settings.rounds) as report:
+        return lgb.train(parameters, dataset, settings.rounds, callbacks=[report])
 
 
 def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
     """The whole way from a seed to a model, and the table that says how good it is."""
     progress(f"simulating {settings.queries * 11} searches and their clicks")
-    prepared = prepare(data.make(settings.queries, settings.seed))
-    world, names = prepared.world, prepared.columns.names
+    prepared = prepare(data.make(settings.queries, settings.seed), Columns(data.FEATURES))
+    world, names, features = prepared.world, prepared.columns.names, prepared.training()
     progress(f"{world.train_log.clicked.sum()} training clicks; examination {_few(prepared.looked)}")
     blind = np.ones(data.PLACES)
     boosters: dict[str, lgb.Booster] = {}
     for variant, make in (("lambdamart", click_lists), ("regression", debiased_labels)):
         own = replace(settings, variant=variant)
-        boosters[variant] = fit(make(prepared.train, world.train_log, prepared.looked), names, own, progress, variant)
+        boosters[variant] = fit(make(features, world.train_log, prepared.looked), names, own, progress, variant)
         if variant == settings.variant:  # what the same learner makes of clicks as they are
-            raw = make(prepared.train, world.train_log, blind)
+            raw = make(features, world.train_log, blind)
             boosters["biased"] = fit(raw, names, own, progress, f"{variant}, raw clicks")
-    flat = prepared.train.reshape(-1, len(names))
-    lists = np.full(len(prepared.train), data.PLACES, dtype=np.int64)
+    flat = features.reshape(-1, len(names))
+    lists = np.full(len(features), data.PLACES, dtype=np.int64)
     truth = Rows(flat, world.train.grades.ravel().astype(np.float64), np.ones(len(flat)), lists)
     boosters["told"] = fit(truth, names, settings, progress, "told the true grades")
 
-    metrics = evaluate(prepared, boosters, settings)
+    metrics = compare(prepared, boosters, settings)
     ranker = Ranker(lgb.Booster(model_str=boosters[settings.variant].model_to_string()))
     sample = ranker.body(prepared.held_out_searches[0])
     expected = ranker.answer(sample)
@@ -190,30 +200,44 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
     return outcome, report(metrics, settings, len(world.held_out.user))
 
 
-def evaluate(prepared: Prepared, boosters: dict[str, lgb.Booster], settings: Settings) -> dict[str, float]:
+def compare(prepared: Prepared, boosters: dict[str, lgb.Booster], settings: Settings) -> dict[str, float]:
+    """What `measure` says of the model that is kept, and the NDCG@10 of the others beside it."""
+    grades = prepared.world.held_out.grades
+    own = boosters[settings.variant]
+    others = {
+        "ndcg_10_biased_clicks": "biased",
+        "ndcg_10_lambdamart": "lambdamart",
+        "ndcg_10_regression": "regression",
+        "ndcg_10_told_the_grades": "told",
+    }
+    return measure(prepared, own, settings) | {
+        metric: mean_ndcg(grades, _scores(prepared, boosters[name], settings)) for metric, name in others.items()
+    }
+
+
+def measure(prepared: Prepared, booster: lgb.Booster, settings: Settings) -> dict[str, float]:
     """NDCG@10 on the held-out searches, by the true grades; and how far the scores agree with the true utility."""
     searches = prepared.world.held_out
     grades = searches.grades
-
-    def scores(name: str) -> Floats:
-        flat = prepared.held_out.reshape(-1, prepared.held_out.shape[2])
-        return np.asarray(boosters[name].predict(flat, num_threads=settings.threads)).reshape(grades.shape)
-
+    scores = _scores(prepared, booster, settings)
     rng = np.random.default_rng(settings.seed)
     shuffles = [mean_ndcg(grades, rng.random(grades.shape)) for _ in range(20)]
     return {
-        "ndcg_10": mean_ndcg(grades, scores(settings.variant)),
+        "ndcg_10": mean_ndcg(grades, scores),
         "ndcg_10_random": float(np.mean(shuffles)),
         "ndcg_10_popularity": mean_ndcg(grades, data.popularity(prepared.world, searches)),
         "ndcg_10_similarity": mean_ndcg(grades, searches.similarity),
-        "ndcg_10_biased_clicks": mean_ndcg(grades, scores("biased")),
-        "ndcg_10_lambdamart": mean_ndcg(grades, scores("lambdamart")),
-        "ndcg_10_regression": mean_ndcg(grades, scores("regression")),
-        "ndcg_10_told_the_grades": mean_ndcg(grades, scores("told")),
         "ndcg_10_oracle": mean_ndcg(grades, searches.utility),
-        "spearman_utility": _spearman(scores(settings.variant), searches.utility),
+        "spearman_utility": _spearman(scores, searches.utility),
         "examination_error": float(np.abs(np.log(prepared.looked / np.maximum(data.EXAMINATION, FLOOR))).mean()),
     }
+
+
+def evaluate(folder: ModelFolder, settings: Settings) -> dict[str, float]:
+    """The metrics of a saved model on the held-out searches of these settings, as its training logged them."""
+    ranker = Ranker.load(folder.path())
+    prepared = prepare(data.make(settings.queries, settings.seed), ranker.columns)
+    return measure(prepared, ranker.booster, settings)
 
 
 def report(metrics: dict[str, float], settings: Settings, searches: int) -> str:
@@ -264,11 +288,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = Progress.start(options.quiet)
     outcome, shown = train(settings, progress)
     print(shown)
-    return command.finish(outcome, options, progress)
+    gate = Gate(*GATE, TOLERANCE, lambda folder: evaluate(folder, settings))
+    return command.finish(outcome, options, progress, gate)
 
 
 def _stack(columns: Columns, searches: Sequence[Search]) -> Floats:
     return np.stack([matrix(columns, search) for search in searches])
+
+
+def _scores(prepared: Prepared, booster: lgb.Booster, settings: Settings) -> Floats:
+    """By held-out search and candidate."""
+    flat = prepared.held_out.reshape(-1, prepared.held_out.shape[2])
+    found = np.asarray(booster.predict(flat, num_threads=settings.threads), dtype=np.float64)
+    return found.reshape(prepared.held_out.shape[:2])
 
 
 def _spearman(scores: Floats, utility: Floats) -> float:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from bentos.training import registration, tracking
+from bentos.training.gate import Gate
 from bentos.training.outcome import Outcome, Progress
 
 
 def add_options(parser: argparse.ArgumentParser, folder: Path) -> None:
-    """Where the result goes: --out, MLflow, --register."""
+    """Where the result goes: --out, MLflow, --register, --gate."""
     group = parser.add_argument_group("where the result goes")
     group.add_argument(
         "--out", type=Path, default=folder, metavar="DIR", help=f"model folder (default {_short(folder)})"
@@ -30,35 +33,54 @@ def add_options(parser: argparse.ArgumentParser, folder: Path) -> None:
         metavar="URL",
         help="upload the model to a running Ekiben, e.g. http://localhost:8000; EKIBEN_TOKEN, if set, is sent",
     )
+    group.add_argument(
+        "--gate",
+        action="store_true",
+        help="with --register: release the model only if it is not worse than the live one on the same held-out data",
+    )
+    group.add_argument("--metrics", type=Path, metavar="FILE", help="write the metrics as JSON too")
     group.add_argument("--quiet", action="store_true", help="no progress, only the table and what to do next")
 
 
-def finish(outcome: Outcome, options: argparse.Namespace, progress: Progress) -> int:
+def finish(outcome: Outcome, options: argparse.Namespace, progress: Progress, gate: Gate | None = None) -> int:
     """Write, log and upload an outcome, and print what to do next. Gives the exit code."""
     out: Path = options.out
+    if options.gate and (gate is None or not options.register):
+        print("--gate needs --register URL" if gate else f"{outcome.kind} has no evaluation gate", file=sys.stderr)
+        return 2
     try:
         folder = outcome.write(out)
     except OSError as error:
         print(f"the model cannot be written: {error}", file=sys.stderr)
         return 2
     progress(f"wrote {_short(out)} ({folder.digest[:19]}…)")
+    run = None
     if not options.no_mlflow:
         home = Path(os.environ.get("EKIBEN_HOME") or "~/.ekiben").expanduser().absolute()
         uri = options.tracking_uri or tracking.default_uri(home)
         run = tracking.record(outcome, folder, uri)
         progress(f"logged as run {run} in {uri}")
+        outcome = replace(outcome, run=run)
+    if options.metrics:
+        body = {"kind": outcome.kind, "digest": folder.digest, "run": run, "metrics": dict(outcome.metrics)}
+        options.metrics.write_text(json.dumps(body, indent=2) + "\n")
     print("\nmodel file: " + ", ".join(str(_short(out / "files" / name)) for name in folder.files))
-    if options.register:
-        try:
-            version = registration.register(outcome, folder, options.register, os.environ.get("EKIBEN_TOKEN"))
-        except registration.RegistrationError as error:
-            print(error, file=sys.stderr)
-            return 1
-        print(
-            f"{version.get('model')} version {version.get('version')} is {version.get('state')}: {version.get('url')}"
-        )
-    else:
+    if not options.register:
         print("upload it with either of\n" + registration.how_to_upload(_short(out), folder.files, outcome.kind))
+        return 0
+    service = registration.Service(options.register, os.environ.get("EKIBEN_TOKEN"))
+    decision = None
+    try:
+        if options.gate and gate is not None:
+            version, decision = registration.register_behind(gate, outcome, folder, service, progress)
+        else:
+            version = service.upload(outcome, folder, deploy=True)
+    except registration.RegistrationError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if decision is not None:
+        print(decision)
+    print(f"{version.get('model')} version {version.get('version')} is {version.get('state')}: {version.get('url')}")
     return 0
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bentos.serving.model import ModelFolder, write_model
+
+ARTIFACT = "model"
+"""Where in its run the model folder is."""
+MOST_LABELS = 48
+"""A version takes 64 labels; the rest is for the gate, and for people."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Outcome:
     """SHA-256 of the data, in hex."""
     plots: Mapping[str, bytes] = field(default_factory=dict)
     """Pictures for people, by file name (`calibration.png`); they go to MLflow, not into the version."""
+    run: str | None = None
+    """Its run in MLflow, once it was logged; the version leads back to it."""
 
     def write(self, folder: Path) -> ModelFolder:
         """Write the model folder (docs/design.md §4). Raises FileExistsError if `folder` holds something else."""
@@ -44,13 +52,18 @@ class Outcome:
 
     @property
     def labels(self) -> dict[str, str]:
-        """What an uploaded version says of its training: its metrics, and digest of the data."""
-        return {name: f"{value:.4f}" for name, value in self.metrics.items()} | {"dataset": self.dataset_digest[:16]}
+        """What an uploaded version says of its training: its first MOST_LABELS metrics, the data's digest, its run."""
+        metrics = list(self.metrics.items())[:MOST_LABELS]
+        origin = {"mlflow.run_id": self.run, "mlflow.artifact_path": ARTIFACT} if self.run else {}
+        return {name: f"{value:.4f}" for name, value in metrics} | {"dataset": self.dataset_digest[:16]} | origin
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Lines on standard error, each with the seconds since the start. `quiet` says nothing."""
+    """What a training says while it runs, on standard error: lines with the seconds since the start, and bars.
+
+    On a terminal a bar moves; elsewhere it is a line every quarter of the way. `quiet` says nothing.
+    """
 
     started: float
     quiet: bool = False
@@ -63,16 +76,30 @@ class Progress:
         if not self.quiet:
             print(f"{time.monotonic() - self.started:7.1f} s  {message}", file=sys.stderr, flush=True)
 
-    def rounds(self, what: str, total: int) -> Callable[[Any], None]:
-        """A LightGBM callback that reports every quarter of the way."""
-        step = max(1, total // 4)
+    @contextmanager
+    def bar(self, what: str, total: int, unit: str = "steps") -> Iterator[Callable[[int], None]]:
+        """A way of `total` steps; the block calls what it gets with the number of steps done since it called last."""
+        if not self.quiet and sys.stderr.isatty():
+            from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-        def report(env: Any) -> None:
-            done = env.iteration + 1
-            if done % step == 0 or done == total:
-                self(f"{what}: {done} of {total} trees")
+            with tqdm(total=total, desc=what, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True) as shown:
+                yield shown.update
+            return
+        step, done = max(1, total // 4), 0
 
-        return report
+        def advance(steps: int = 1) -> None:
+            nonlocal done
+            before, done = done, done + steps
+            if done // step > before // step or done >= total > before:
+                self(f"{what}: {done} of {total} {unit}")
+
+        yield advance
+
+    @contextmanager
+    def rounds(self, what: str, total: int) -> Iterator[Callable[[Any], None]]:
+        """The LightGBM callback of a training of `total` trees."""
+        with self.bar(what, total, "trees") as advance:
+            yield lambda _: advance(1)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str | float]], digits: int = 4) -> str:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bentos.training.outcome import Outcome
+from bentos.training.outcome import ARTIFACT, Outcome
 
 if TYPE_CHECKING:
     from bentos.serving.model import ModelFolder
@@ -45,7 +45,7 @@ def record(outcome: Outcome, folder: ModelFolder, uri: str) -> str:
         outcome.dataset, outcome.dataset_digest[:36], source_type="code", source=f"bentos.{outcome.kind}.data"
     )
     client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
-    client.log_artifacts(run_id, str(folder.root), "model")
+    client.log_artifacts(run_id, str(folder.root), ARTIFACT)
     for name, picture in outcome.plots.items():
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / name
