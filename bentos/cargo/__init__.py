@@ -1,0 +1,1 @@
+"""Cargo: which material is in a hold, told from a picture."""
