@@ -36,7 +36,7 @@ time_t time(time_t *at) {
 """
 
 
-def library(folder: Path, seconds: int) -> Path | None:
+def preloaded(folder: Path, seconds: int) -> Path | None:
     """The library for a clock that is so far ahead, made in the folder; None where there is no compiler."""
     compiler = shutil.which("cc")
     if compiler is None:

@@ -103,7 +103,7 @@ def _build(bench: parts.Bench, case: Circumstance) -> builder.Built:
 
 def _clock(bench: parts.Bench) -> tuple[tuple[str, ...], str]:
     """Words in front of a command that show it another time of day, and how that is done."""
-    library = another_time.library(bench.scratch, _FORWARD)
+    library = another_time.preloaded(bench.scratch, _FORWARD)
     if library is not None:
         words = ("env", f"LD_PRELOAD={library}")
         told, _ = parts.run([*words, sys.executable, "-c", "import time; time.sleep(0.01); print(time.time())"])

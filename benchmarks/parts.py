@@ -1,6 +1,6 @@
 """The real parts that figures are measured with, and one scratch folder that is emptied at the end.
 
-Everything a run makes lives under benchmarks/work/: `kept/` (a base image and its packages, used again by the next
+Everything a run makes lives under benchmarks/scratch/: `kept/` (a base image and its packages, used again by the next
 run) and `run-PID/`, which goes when the run ends, however it ends.
 """
 
@@ -28,7 +28,7 @@ import psutil
 
 from benchmarks.figures import ROOT, Absent
 
-WORK = ROOT / "benchmarks" / "work"
+WORK = ROOT / "benchmarks" / "scratch"
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 _LONGEST = 900.0  # seconds of any one program
@@ -345,7 +345,7 @@ def base_layout(kept: Path) -> Path:
     needs("debootstrap", "buildah")
     from benchmarks.make_base import make_base
 
-    say("making the base image (once; kept in benchmarks/work/kept)")
+    say("making the base image (once; kept in benchmarks/scratch/kept)")
     with (kept / "make_base.log").open("wb") as log:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.make_base", str(kept / "debian"), "--cache", str(kept / "packages")],

@@ -3,7 +3,7 @@
     python -m benchmarks.run [all | build | upload | serve | cluster] [--quick] [--only FIGURE]
 
 A figure that cannot be measured, or fails, gets null and the reason; the others go on. --quick takes small sizes and
-one round to see that everything works, and writes benchmarks/work/quick/ in place of the report. The figures of a
+one round to see that everything works, and writes benchmarks/scratch/quick/ in place of the report. The figures of a
 cluster are not among `all`.
 """
 

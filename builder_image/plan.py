@@ -15,7 +15,7 @@ SCHEMA = "ekiben.plan.v1"
 
 
 def work(env: Mapping[str, str]) -> Path:
-    return Path(env.get("EKIBEN_WORK") or "/work")
+    return Path(env.get("EKIBEN_WORK") or "/build")
 
 
 def file(work: Path) -> Path:

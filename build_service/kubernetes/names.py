@@ -29,7 +29,7 @@ PORT_NAME = "http"
 SERVICE_PORT = 80
 
 STEPS = ("fetch", "inspect", "assemble")
-WORK = "/work"
+WORK = "/build"
 AUTH = "/etc/ekiben"
 PULL_AUTH, PUSH_AUTH = f"{AUTH}/pull", f"{AUTH}/push"
 CA_FOLDER = "/etc/ekiben/ca"

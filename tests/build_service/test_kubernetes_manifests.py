@@ -130,7 +130,7 @@ def test_only_the_last_step_holds_the_push_credential_and_the_middle_one_holds_n
     assert "push" in mounted["assemble"]
     assert "push" not in mounted["fetch"] | mounted["inspect"]
     assert mounted["inspect"] == {"fetch", "inspect"}
-    assert inspect["env"] == [{"name": "EKIBEN_WORK", "value": "/work"}]
+    assert inspect["env"] == [{"name": "EKIBEN_WORK", "value": "/build"}]
     assert "envFrom" not in inspect
     assert "envFrom" not in assemble
     assert "SPEC" in json.dumps(fetch["env"])
