@@ -2,7 +2,7 @@
 
 python -m scripts.generated --write    make them again
 python -m scripts.generated --check    fail if one is not current
-python -m scripts.generated --locks    resolve every lock again, with today's newest versions
+python -m scripts.generated --locks    resolve every lock again, with today's newest versions; --locks KIND: of one kind
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def main() -> int:
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--write", action="store_true")
     choice.add_argument("--check", action="store_true")
-    choice.add_argument("--locks", action="store_true")
+    choice.add_argument("--locks", nargs="*", metavar="KIND")
     arguments = parser.parse_args()
-    if arguments.locks:
+    if arguments.locks is not None:
         for target, argv in _locks():
+            if arguments.locks and target.parent.name not in arguments.locks:
+                continue
             print(f"resolving {target.relative_to(ROOT)} …", flush=True)
             subprocess.run([*argv, "--upgrade", "--output-file", str(target)], cwd=ROOT, check=True)
         return 0
