@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(900))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What failed on a cluster is told at once: these tests take long, and the cluster is there to be looked at."""
+    report = yield
+    if report.failed and item.get_closest_marker("cluster"):
+        lines = item.config.pluginmanager.get_plugin("terminalreporter")
+        if lines is not None:
+            lines.write_line(f"\n{report.nodeid} failed in {report.when} after {report.duration:.0f} s")
+            lines.write_line(report.longreprtext)
+    return report
 
 
 @pytest.fixture(scope="session")
