@@ -57,6 +57,11 @@ def test_models_versions_tags_metrics_aliases_and_files(tmp_path: Path, monkeypa
     got = Path(mlflow.artifacts.download_artifacts("models:/ranker/1", dst_path=str(tmp_path / "got")))
     assert [path.read_text() for path in got.rglob("ranker.txt")] == ["tree"]
 
+    labels = {"action": "labels", "name": "ranker", "version_id": "id-1", "gone": ["team"], "labels": {"stage": "test"}}
+    assert project(uri, labels, labels) == [{"id": 0}, {"id": 1}]
+    tags = client.get_model_version("ranker", "1").tags
+    assert (tags["stage"], tags["ekiben.kind"], "team" in tags) == ("test", "ranker", False)
+
     gone = {"action": "delete", "name": "ranker", "version_id": "id-1"}
     unknown = {"action": "paint", "name": "ranker", "version_id": "id-2"}
     answers = project(uri, gone, gone, alias, unknown)
