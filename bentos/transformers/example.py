@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from bentos.serving import ModelFolder, write_model
+from bentos.training import words
 
 LABELS = ("complaint", "question", "thanks")
 LONGEST = 64
@@ -50,11 +49,8 @@ def files(seed: int = 0) -> dict[str, bytes]:
     import numpy as np
 
     texts, labels = sentences(seed, 600)
-    tokenizer = words(texts)
-    encoded = [tokenizer.encode(text).ids for text in texts]
-    counts = np.zeros((len(texts), tokenizer.get_vocab_size()), np.float32)
-    for row, ids in enumerate(encoded):
-        np.add.at(counts[row], ids, 1.0 / len(ids))
+    tokenizer = words.tokenizer(texts)
+    counts = words.counts(tokenizer, texts)
     rng = np.random.default_rng(seed)
     table = rng.normal(0, 0.1, (counts.shape[1], 16)).astype(np.float32)
     weight, target = np.zeros((16, len(LABELS)), np.float32), np.eye(len(LABELS), dtype=np.float32)[labels]
@@ -66,61 +62,9 @@ def files(seed: int = 0) -> dict[str, bytes]:
         table, weight = table - 20 * counts.T @ (slope @ weight.T), weight - 20 * hidden.T @ slope
     config = {
         "architectures": ["WordsForSequenceClassification"],
-        "model_type": "words",
         "id2label": {str(i): label for i, label in enumerate(LABELS)},
-        "max_position_embeddings": LONGEST,
-        "pad_token_id": 0,
     }
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": LONGEST, "pad_token": "[PAD]"}
-    return {
-        "config.json": json.dumps(config, indent=1).encode(),
-        "tokenizer.json": tokenizer.to_str().encode(),
-        "tokenizer_config.json": json.dumps(told, indent=1).encode(),
-        "model.onnx": network(table, weight),
-    }
-
-
-def words(texts: list[str]) -> Any:
-    """A tokenizer that knows the words of these texts."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
-    known = {"[PAD]": 0, "[UNK]": 1}
-    for word in sorted({word for text in texts for word in text.lower().split()}):
-        known[word] = len(known)
-    tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer
-
-
-def network(table: Any, weight: Any) -> bytes:
-    """ONNX: the mean of the words' vectors where the mask is 1, times the weights."""
-    import numpy as np
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    node = helper.make_node
-    constants = {"table": table, "weight": weight, "last": np.array([2]), "tokens": np.array([1])}
-    graph = helper.make_graph(
-        [
-            node("Gather", ["table", "input_ids"], ["vectors"]),
-            node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
-            node("Unsqueeze", ["mask", "last"], ["column"]),
-            node("Mul", ["vectors", "column"], ["present"]),
-            node("ReduceSum", ["present", "tokens"], ["total"], keepdims=0),
-            node("ReduceSum", ["column", "tokens"], ["count"], keepdims=0),
-            node("Div", ["total", "count"], ["mean"]),
-            node("MatMul", ["mean", "weight"], ["logits"]),
-        ],
-        "words",
-        [helper.make_tensor_value_info(n, TensorProto.INT64, ["n", "tokens"]) for n in ("input_ids", "attention_mask")],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", weight.shape[1]])],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 9  # what older runtimes read too
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return words.folder(tokenizer, words.network(table, weight), LONGEST, config)
 
 
 def write(root: Path, seed: int = 0) -> ModelFolder:

@@ -54,6 +54,9 @@ KINDS: Mapping[str, Entry] = {
     "onnx": Entry(rows=Rows(named=False, missing=False, categories=False)),
     "ranker": Entry(),
     "sklearn": Entry(classes=["adelie", "chinstrap", "gentoo"], rows=Rows(named=True)),
+    "tensorflow": Entry(imports_long=True),
+    "text": Entry(classes=["ham", "spam"]),
+    "transformers": Entry(classes=["complaint", "question", "thanks"]),
     "xgboost": Entry(rows=Rows(named=True)),
 }
 
