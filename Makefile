@@ -11,7 +11,7 @@ OVERLAY ?= k8s/overlays/dev
 IMAGES ?=
 LOCKS := $(wildcard bentos/*/requirements.in)
 
-.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all lint lock openapi train examples bench bench-build bench-upload bench-serve bench-cluster clean
+.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all conformance lint lock openapi train examples bench bench-build bench-upload bench-serve bench-cluster clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -44,6 +44,13 @@ images: setup ## the images of a cluster's parts (ARGS="--push HOST:PORT"; defau
 
 test: setup ## every test that needs no root and no server from outside (WORKERS=2, ARGS=…)
 	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
+
+test-all: setup ## the same and every kind in every place but the cluster (twice as long)
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m "not cluster" $(ARGS)
+
+conformance: setup ## every kind in process, under bentoml serve, on the local platform and in the cluster (root, as e2e)
+	@$(BIN)/python -m tests.cluster build && \
+	  $(BIN)/python -m pytest -m "cluster or not cluster" tests/bentos/test_conformance.py tests/build_service/test_kinds.py tests/cluster/test_kinds.py $(ARGS)
 
 cluster-up: setup ## a real Kubernetes of one node on this machine, from packages only (root; the first time takes long)
 	@$(BIN)/python -m tests.cluster up $(ARGS)

@@ -275,7 +275,7 @@ class Conformance:
 
     def test_a_body_that_is_too_large_is_refused_before_it_is_sent(self, running: Running) -> None:
         if running.limit is None:
-            pytest.skip("BentoML alone has no bound")
+            pytest.skip("there is no bound of ours in this place")
         url = running.client.base_url
         connection = http.client.HTTPConnection(url.host, url.port or 80, timeout=60)
         connection.putrequest("POST", url.path.rstrip("/") + running.kind.predict, skip_host=True)

@@ -44,8 +44,6 @@ class Entry:
     classes: Sequence[Any] | None = None
     """What /label answers; None: the model is no classifier."""
     rows: Rows | None = None
-    imports_long: bool = False
-    """Its framework takes many seconds of a core to import, for each process."""
 
 
 KINDS: Mapping[str, Entry] = {
@@ -54,7 +52,7 @@ KINDS: Mapping[str, Entry] = {
     "onnx": Entry(rows=Rows(named=False, missing=False, categories=False)),
     "ranker": Entry(),
     "sklearn": Entry(classes=["adelie", "chinstrap", "gentoo"], rows=Rows(named=True)),
-    "tensorflow": Entry(imports_long=True),
+    "tensorflow": Entry(),
     "text": Entry(classes=["ham", "spam"]),
     "transformers": Entry(classes=["complaint", "question", "thanks"]),
     "xgboost": Entry(rows=Rows(named=True)),
