@@ -202,7 +202,7 @@ class Conformance:
             (b'"text"', 422, None),
             (b"{}", 422, None),
         ],
-        ids=["not json", "cut off", "deep", "no text", "nothing", "list", "null", "number", "text", "no fields"],
+        ids=["not json", "cut off", "deep", "not UTF-8", "nothing", "list", "null", "number", "word", "no fields"],
     )
     def test_bodies_that_are_no_request_are_refused(
         self, running: Running, body: bytes, status: int | None, code: str | None

@@ -47,14 +47,18 @@ class Entry:
 
 
 KINDS: Mapping[str, Entry] = {
+    "cargo": Entry(classes=["background", "brick", "concrete", "ground", "wood"]),
     "forecast": Entry(),
+    "image_search": Entry(),
     "lightgbm": Entry(classes=[0, 1], rows=Rows(named=True)),
     "onnx": Entry(rows=Rows(named=False, missing=False, categories=False)),
     "ranker": Entry(),
     "sklearn": Entry(classes=["adelie", "chinstrap", "gentoo"], rows=Rows(named=True)),
     "tensorflow": Entry(),
     "text": Entry(classes=["ham", "spam"]),
+    "text": Entry(classes=["ham", "spam"]),
     "transformers": Entry(classes=["complaint", "question", "thanks"]),
+    "violation": Entry(),
     "xgboost": Entry(rows=Rows(named=True)),
 }
 
