@@ -68,7 +68,7 @@ class Trainer:
         self.network = network
         self._optimizer = keras.optimizers.Adam(1e-3)
         self._optimizer.build(network.trainable_variables)
-        self._fresh = [np.array(variable) for variable in self._optimizer.variables]
+        self._fresh = [variable.numpy() for variable in self._optimizer.variables]
 
         def step(pictures: Any, labels: Any, rate: Any) -> Any:
             self._optimizer.learning_rate.assign(rate)
@@ -89,7 +89,7 @@ class Trainer:
 
     @property
     def weights(self) -> Weights:
-        return [np.array(variable) for variable in self.network.variables]
+        return [variable.numpy() for variable in self.network.variables]
 
     @weights.setter
     def weights(self, values: Weights) -> None:

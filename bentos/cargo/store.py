@@ -111,16 +111,18 @@ def _read_file(folder: int, name: str, path: str) -> bytes:
     if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
         raise _problem("unreadable_picture", f"{FIELD} {path!r} is no file")
     descriptor = os.open(name, _FILE, dir_fd=folder)
-    with open(descriptor, "rb", buffering=0) as stream:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was another thing when it was looked at
             raise _problem("unreadable_picture", f"{FIELD} {path!r} is no file")
-        data = b""
-        while len(data) <= MAX_BYTES and (more := stream.read(MAX_BYTES + 1 - len(data))):
-            data += more
-    if len(data) > MAX_BYTES:
+        parts, size = [], 0
+        while size <= MAX_BYTES and (part := os.read(descriptor, MAX_BYTES + 1 - size)):
+            parts.append(part)
+            size += len(part)
+    finally:
+        os.close(descriptor)
+    if size > MAX_BYTES:
         raise _problem("picture_too_large", f"{FIELD} {path!r} has more than {MAX_BYTES} bytes", "name a smaller file")
-    return data
+    return b"".join(parts)
 
 
 def _refuse_link(folder: int, name: str, path: str) -> None:

@@ -43,10 +43,10 @@ class Settings:
     width: int = 16
     steps: int = 2400
     rate: float = 2e-3
-    retrain_steps: int = 120
+    retrain_steps: int = 100
     retrain_rate: float = 1e-3
     budgets: tuple[int, ...] = (20, 50, 100, 200, 400)
-    rounds: tuple[int, ...] = (6, 6, 6, 4, 4)
+    rounds: tuple[int, ...] = (5, 5, 5, 3, 3)
     """Repetitions of each budget."""
     method: str = "l2"
     """Of choosing for the model that is kept."""
@@ -58,13 +58,13 @@ class Settings:
         """Seconds instead of minutes: for a demonstration and for tests."""
         return cls(
             seed=seed,
-            sizes=Sizes(300, 100, 100, 100, 100),
+            sizes=Sizes(400, 100, 100, 100, 100),
             width=8,
-            steps=150,
+            steps=300,
             rate=4e-3,
             retrain_steps=20,
             budgets=(10, 30),
-            rounds=(2, 2),
+            rounds=(1, 1),
         )
 
 
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pictures", type=Path, metavar="DIR", help="pictures with lists, as python -m bentos.cargo.data writes them"
     )
-    parser.add_argument("--rounds", type=_positive, help="repetitions of each budget (default 6 to 4; 2 with --small)")
+    parser.add_argument("--rounds", type=_positive, help="repetitions of each budget (default 5 to 3; 1 with --small)")
     parser.add_argument("--small", action="store_true", help="a few seconds, for a first look")
     command.add_options(parser, Path(__file__).parent / "model")
     options = parser.parse_args(arguments)

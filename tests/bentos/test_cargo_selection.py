@@ -62,7 +62,15 @@ def test_the_order_is_by_credibility_and_then_by_the_distance_to_the_nearest_kno
     firsts = np.array([1.0, 0.5, 0.7, 0.25, 0.925])
     new = np.stack([firsts, 1 - firsts], axis=1)
     assert found.order(new).tolist() == [1, 2, 3, 4, 0]
-    assert selection.choose(found, new, 2).tolist() == [1, 2]
+
+
+def test_the_least_credible_are_taken_of_each_predicted_label_in_turn() -> None:
+    found = Calibration("l1", CENTRES, (np.array([0.1, 0.2]), np.array([0.1, 0.4])))
+    firsts = np.array([1.0, 0.6, 0.7, 0.25, 0.925, 0.1])  # the fourth and the last are taken for label 1
+    new = np.stack([firsts, 1 - firsts], axis=1)
+    assert found.order(new).tolist() == [1, 2, 3, 5, 4, 0]
+    assert selection.choose(found, new, 6).tolist() == [1, 3, 2, 5, 4, 0]
+    assert selection.choose(found, new, 2).tolist() == [1, 3]
 
 
 def test_labels_are_calibrated_apart() -> None:
@@ -107,8 +115,9 @@ def test_whatever_the_answers_p_values_are_shares_and_the_choice_has_no_picture_
     assert ((p_values > 0) & (p_values <= 1)).all()
     chosen = selection.choose(found, new, count)
     assert sorted(chosen.tolist()) == list(range(count))
-    credibility = found.credibility(new)[chosen]
-    assert (np.diff(credibility) >= 0).all()
+    credibility, taken_for = found.credibility(new)[chosen], new.argmax(axis=1)[chosen]
+    for label in range(labels):
+        assert (np.diff(credibility[taken_for == label]) >= 0).all()
 
 
 def test_certain_answers_have_no_score_above_nought_and_still_an_order() -> None:
