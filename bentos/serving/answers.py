@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from inspect import iscoroutinefunction
 from typing import Any
 
 from bentos.serving.problems import Problem
@@ -13,21 +14,31 @@ _INLINE_ROWS = 64
 """Up to here a prediction is shorter than the hand-over to a thread; above, other requests must not wait for it."""
 
 
-async def answer(outputs: Callable[[list[Any]], list[Any]], inputs: list[Any]) -> Any:
-    """A Starlette response with one output per input row, or a problem that names the row and column."""
+Outputs = Callable[[list[Any]], list[Any] | Awaitable[list[Any]]]
+
+
+async def answer(outputs: Outputs, inputs: list[Any]) -> Any:
+    """A Starlette response with one output per input row, or a problem that names the row and column.
+
+    `outputs` may be asynchronous, where a model collects the rows of several requests.
+    """
     from starlette.responses import Response
 
     try:
         check_rows(inputs)
-        if len(inputs) <= _INLINE_ROWS:
-            values = outputs(inputs)
-        else:
-            from anyio.to_thread import run_sync
-
-            values = await run_sync(outputs, inputs)
+        values = await outputs(inputs) if iscoroutinefunction(outputs) else await aside(outputs, inputs)
         return Response(encode(values), media_type="application/json")
     except Problem as problem:
         return problem.response()
+
+
+async def aside(outputs: Callable[[list[Any]], Any], inputs: list[Any]) -> Any:
+    """`outputs(inputs)`, in a thread where that is long enough for others to notice."""
+    if len(inputs) <= _INLINE_ROWS:
+        return outputs(inputs)
+    from anyio.to_thread import run_sync
+
+    return await run_sync(outputs, inputs)
 
 
 def check_rows(inputs: list[Any]) -> None:

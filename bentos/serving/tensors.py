@@ -68,6 +68,11 @@ class Tensors:
     def batched(self) -> bool:
         return all(tensor.batched for tensor in self.all)
 
+    @property
+    def free(self) -> bool:
+        """Rows may differ in size."""
+        return any(t.shape is None or None in t.shape for t in self.all)
+
     def cells(self, inputs: Sequence[Any]) -> list[Sequence[Any]]:
         """The values of each row, one for each tensor. Raises Problem where a row is not made so."""
         return [self._cells(row, i) for i, row in enumerate(inputs)]

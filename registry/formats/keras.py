@@ -6,15 +6,20 @@ Keras' loading imports what config.json names (CVE-2025-1550, -8747, -9906), so 
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from typing import Any, BinaryIO, NoReturn
 
 from registry.archive_zip import Entry, ZipFault, open_entry
 from registry.errors import UserError
 from registry.formats.upload import Recognised, invalid, read_up_to, shown, truncated
+from registry.signature import Signature, Tensor
 
 FORMAT = "keras-v3"
 _SAVE = "model.save('model.keras')"
 _LARGEST_CONFIG = 32 << 20
+_MOST_AXES = 32
+_MADE_UP = re.compile(r"keras_tensor(_\d+)?|input_layer(_\d+)?|input_\d+|inputs|args_0")
 _CODE = frozenset({"Lambda", "__lambda__", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer", "function"})
 
 
@@ -41,7 +46,71 @@ def recognise(stream: BinaryIO, members: list[Entry], path: str) -> Recognised |
         invalid(path, "it holds a name twice", _SAVE)
     if "model.weights.h5" not in by_name and not any(name.startswith("model.weights") for name in by_name):
         truncated(path, "it holds no weights", _SAVE)
-    return Recognised(FORMAT, path, notes=(f"Saved by Keras {shown(str(about['keras_version']))[:20]}.",))
+    version = shown(str(about["keras_version"]))[:20]
+    return Recognised(FORMAT, path, signature=_signature(body), notes=(f"Saved by Keras {version}.",))
+
+
+def plain_name(name: str) -> str:
+    """Of a model's only input: a name that Keras made up counts on from model to model, so it is none to call it by."""
+    return "input" if _MADE_UP.fullmatch(name) else name
+
+
+def _signature(model: dict[str, Any]) -> Signature | None:
+    """The inputs, and the names of several outputs, of a Sequential or Functional model; None where it does not say."""
+    config = model.get("config")
+    layers = config.get("layers") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(layers, list):
+        return None
+    inputs = [_input(layer) for layer in layers if isinstance(layer, dict) and layer.get("class_name") == "InputLayer"]
+    tensors = {tensor.name: tensor for tensor in inputs if tensor is not None}
+    if not tensors or len(tensors) != len(inputs):
+        return None
+    if model.get("class_name") == "Sequential":
+        if len(tensors) != 1:
+            return None
+        names: dict[str, str] = {name: name for name in tensors}
+        outputs: list[str] = []
+    else:
+        names, outputs = _named(config.get("input_layers")), list(_named(config.get("output_layers")))
+    if not names or not set(names.values()) <= set(tensors):
+        return None
+    taken = [Tensor(name, tensors[layer].dtype, tensors[layer].shape) for name, layer in names.items()]
+    if len(taken) == 1:
+        taken = [replace(taken[0], name=plain_name(taken[0].name))]
+    given = tuple(Tensor(name, "unknown") for name in outputs) if len(outputs) > 1 else ()
+    return Signature(tensors=tuple(taken), outputs=given)
+
+
+def _input(layer: dict[str, Any]) -> Tensor | None:
+    config = layer.get("config")
+    if not isinstance(config, dict):
+        return None
+    shape, name, dtype = config.get("batch_shape"), config.get("name"), config.get("dtype")
+    if isinstance(dtype, dict):  # a policy
+        inner = dtype.get("config")
+        dtype = inner.get("name") if isinstance(inner, dict) else None
+    if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list) or not shape:
+        return None
+    if len(shape) > _MOST_AXES or not all(axis is None or type(axis) is int for axis in shape):
+        return None
+    return Tensor(name, dtype, (None, *shape[1:]))  # the batch that it was built with binds nobody
+
+
+def _named(ends: Any) -> dict[str, str]:
+    """Name → layer of a model's inputs or outputs: `[layer, 0, 0]`, a list of these, or an object of these by name."""
+
+    def layer(end: Any) -> str | None:
+        return end[0] if isinstance(end, list) and len(end) == 3 and isinstance(end[0], str) else None
+
+    if (only := layer(ends)) is not None:
+        return {only: only}
+    if isinstance(ends, dict):
+        listed = [(str(name), layer(end)) for name, end in ends.items()]
+    elif isinstance(ends, list):
+        listed = [(layer(end) or "", layer(end)) for end in ends]
+    else:
+        return {}
+    return {name: found for name, found in listed if found is not None} if all(end for _, end in listed) else {}
 
 
 def _object(path: str) -> Any:

@@ -5,19 +5,16 @@ Nothing of protobuf's or ONNX's own parsers runs on the user's bytes here. Sourc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 from registry.errors import UserError
+from registry.formats.protobuf import Fault, Wire
 from registry.formats.upload import Recognised, Upload, shown
 from registry.signature import Signature, Tensor
 
 FORMAT = "onnx"
 _SAVE = "onnx.save(model, 'model.onnx')"
-_WINDOW = 1 << 16
-_MOST_FIELDS = 20_000_000  # bounds the time
 _DEEPEST = 40
-_LONGEST_TEXT = 1 << 16
 _MOST_INPUTS = 10_000
 _MOST_NAMES = 2_000_000  # initializers
 
@@ -36,103 +33,16 @@ _MODEL = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 2
 _REFUSED_OPERATORS = frozenset({"EPContext", "PyOp"})
 
 
-class _Fault(Exception):
-    """The bytes are not what they should be."""
-
-    def __init__(self, what: str, *, cut: bool = False) -> None:
-        super().__init__(what)
-        self.cut = cut
-
-
-class _Wire:
-    """Reads at any place of a file through one window of 64 KiB."""
-
-    def __init__(self, stream: BinaryIO, size: int) -> None:
-        self._stream = stream
-        self.size = size
-        self._window = b""
-        self._start = 0
-        self._fields = 0
-        self.last = (0, 0)  # number and wire type of the field that was begun last
-
-    def read(self, at: int, count: int) -> bytes:
-        offset = at - self._start
-        if offset < 0 or offset + count > len(self._window):
-            self._stream.seek(at)
-            parts, missing = [], max(count, _WINDOW)
-            while missing > 0:
-                part = self._stream.read(missing)
-                if not part:
-                    break
-                parts.append(part)
-                missing -= len(part)
-            self._window, self._start, offset = b"".join(parts), at, 0
-        data = self._window[offset : offset + count]
-        if len(data) < count:
-            raise _Fault("it ends within a field", cut=True)
-        return data
-
-    def varint(self, at: int, end: int) -> tuple[int, int]:
-        """(value, place after it)."""
-        value = shift = 0
-        while True:
-            if at >= end:
-                raise _Fault("a number reaches past its message", cut=end >= self.size)
-            byte = self.read(at, 1)[0]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value & 0xFFFFFFFFFFFFFFFF, at
-            shift += 7
-            if shift > 63:
-                raise _Fault("a number is too long")
-
-    def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(field number, wire type, place or value, length) of each field of a message. For wire type 0 the third is
-        the value; else it is the place of the bytes."""
-        at = start
-        while at < end:
-            self._fields += 1
-            if self._fields > _MOST_FIELDS:
-                raise _Fault("it has too many fields")
-            key, at = self.varint(at, end)
-            number, wire = self.last = key >> 3, key & 7
-            if number == 0:
-                raise _Fault("a field has number 0")
-            if wire == 0:
-                value, at = self.varint(at, end)
-                yield number, wire, value, 0
-                continue
-            if wire == 2:
-                length, at = self.varint(at, end)
-            elif wire in (1, 5):
-                length = 8 if wire == 1 else 4
-            else:
-                raise _Fault(f"a field has wire type {wire}")
-            if length > end - at:
-                raise _Fault("a field reaches past its message", cut=end >= self.size)
-            yield number, wire, at, length
-            at += length
-
-    def text(self, at: int, length: int) -> str:
-        if length > _LONGEST_TEXT:
-            raise _Fault("a name is too long")
-        try:
-            return self.read(at, length).decode()
-        except UnicodeDecodeError as error:
-            raise _Fault("a name is not UTF-8") from error
-
-
 def recognise(upload: Upload, path: str) -> Recognised | None:
     """The model in a file, None if the file is no ONNX model. UserError where it is one and cannot be served."""
     head = upload.head(path, 64)
     if not _looks_like(head):
         return None
     with upload.open(path) as stream:
-        walk = _Model(_Wire(stream, upload.sizes[path]), upload, path)
+        walk = _Model(Wire(stream, upload.sizes[path]), upload, path)
         try:
             walk.model()
-        except _Fault as fault:
+        except Fault as fault:
             if not walk.certain:
                 return None
             code, word = ("truncated_model", "not complete") if fault.cut else ("invalid_model", "damaged")
@@ -157,7 +67,7 @@ def _looks_like(head: bytes) -> bool:
 
 
 class _Model:
-    def __init__(self, wire: _Wire, upload: Upload, path: str) -> None:
+    def __init__(self, wire: Wire, upload: Upload, path: str) -> None:
         self._wire = wire
         self._upload = upload
         self._path = path
@@ -174,13 +84,13 @@ class _Model:
         wire = self._wire
         graphs: list[tuple[int, int]] = []
         seen: set[int] = set()
-        fault: _Fault | None = None
+        fault: Fault | None = None
         try:
             for number, kind, at, length in wire.fields(0, wire.size):
                 if _MODEL.get(number) != kind:
-                    raise _Fault(f"field {number} is no field of a model")
+                    raise Fault(f"field {number} is no field of a model")
                 if number == 1 and not 1 <= at <= 64:
-                    raise _Fault("its ir_version is out of range")
+                    raise Fault("its ir_version is out of range")
                 seen.add(number)
                 if number == 7:
                     graphs.append((at, at + length))
@@ -190,7 +100,7 @@ class _Model:
                     self._training(at, at + length)
                 elif number == 25:
                     self._function(at, at + length, 0)
-        except _Fault as caught:
+        except Fault as caught:
             fault = caught
         # other protobuf files begin alike: only a graph, or a cut where one may have been, makes it a faulty ONNX model
         cut = fault is not None and fault.cut
@@ -199,13 +109,13 @@ class _Model:
         if fault is not None:
             raise fault
         if len(graphs) > 1:
-            raise _Fault("it has two graphs")
+            raise Fault("it has two graphs")
         if not graphs:
             return
         self.has_graph = True
         self._graph(*graphs[0], depth=0)
         if self.opsets and not self._outputs:
-            raise _Fault("its graph has no output")
+            raise Fault("its graph has no output")
 
     def _opset(self, start: int, end: int) -> None:
         domain, version = "", 0
@@ -230,10 +140,10 @@ class _Model:
 
     def _graph(self, start: int, end: int, depth: int) -> None:
         if depth > _DEEPEST:
-            raise _Fault("its graphs are nested too deeply")
+            raise Fault("its graphs are nested too deeply")
         for number, kind, at, length in self._wire.fields(start, end):
             if kind != 2:
-                raise _Fault(f"field {number} is no field of a graph")
+                raise Fault(f"field {number} is no field of a graph")
             if number == 1:
                 self._node(at, at + length, depth)
             elif number == 5:
@@ -241,7 +151,7 @@ class _Model:
                 if depth == 0:
                     self._initializers.add(name)
                     if len(self._initializers) > _MOST_NAMES:
-                        raise _Fault("it has too many initializers")
+                        raise Fault("it has too many initializers")
             elif number == 15:
                 name = self._sparse(at, at + length)
                 if depth == 0:
@@ -251,7 +161,7 @@ class _Model:
                 side.append(self._value_info(at, at + length))
                 # models of old IR versions name every initializer as an input too
                 if len(side) > _MOST_NAMES:
-                    raise _Fault("it has too many inputs or outputs")
+                    raise Fault("it has too many inputs or outputs")
 
     def _node(self, start: int, end: int, depth: int) -> None:
         operator = ""
@@ -298,7 +208,7 @@ class _Model:
             elif number == 13 and kind == 2:
                 entries.append(self._entry(at, at + length))
                 if len(entries) > 100:
-                    raise _Fault("a tensor has too many entries of external data")
+                    raise Fault("a tensor has too many entries of external data")
             elif number == 14 and kind == 0:
                 external = at == 1
         if external or entries:
@@ -376,7 +286,7 @@ class _Model:
                     if inner == 1 and inner_kind == 2:
                         axes.append(self._axis(inner_at, inner_at + inner_length))
                         if len(axes) > 64:
-                            raise _Fault("a shape has too many axes")
+                            raise Fault("a shape has too many axes")
                 shape = tuple(axes)
         return dtype, shape
 

@@ -1,11 +1,38 @@
-"""TensorFlow SavedModel: a folder with saved_model.pb and variables/. Only the frame is looked at."""
+"""TensorFlow SavedModel: a folder with saved_model.pb and variables/. The graph is walked, never loaded.
+
+A graph is a program: operators that reach for files, other machines or Python are refused, as TensorFlow's own
+`saved_model_cli scan` does for some of them. Field numbers: tensorflow/core/protobuf/{saved_model,meta_graph}.proto.
+"""
 
 from __future__ import annotations
 
-from registry.formats.upload import Recognised, Upload, invalid, truncated
+import re
+from dataclasses import replace
+from typing import NoReturn
+
+from registry.errors import UserError
+from registry.formats.keras import plain_name
+from registry.formats.protobuf import Fault, Wire
+from registry.formats.upload import Recognised, Upload, invalid, shown, truncated
+from registry.signature import Signature, Tensor
 
 FORMAT = "tensorflow-savedmodel"
 _SAVE = "model.export('folder')"
+_MOST_TENSORS = 10_000
+
+# tensorflow.DataType
+_DTYPES = {
+    1: "float32", 2: "float64", 3: "int32", 4: "uint8", 5: "int16", 6: "int8", 7: "string", 8: "complex64", 9: "int64",
+    10: "bool", 14: "bfloat16", 17: "uint16", 18: "complex128", 19: "float16", 20: "resource", 21: "variant",
+    22: "uint32", 23: "uint64",
+}  # fmt: skip
+
+# what reads or writes files of its choosing, calls Python, or speaks to other machines; tables of an exported model
+# (InitializeTableFromTextFileV2) and its variables (RestoreV2) are read from its own folder
+_REFUSED_OPERATORS = re.compile(
+    r"(Eager)?PyFunc(Stateless)?|PythonFunc|ReadFile|WriteFile|PrintV2|MatchingFiles|ImmutableConst|Debug(Identity|N)\w*|"
+    r"\w*(Reader|Writer|Dataset)(V\d+)?|GenerateVocabRemapping|LoadAndRemapMatrix|(Try)?Rpc(Call|Client|Server)?"
+)
 
 
 def recognise(upload: Upload) -> Recognised | None:
@@ -24,4 +51,125 @@ def recognise(upload: Upload) -> Recognised | None:
     names = [name.removeprefix(prefix) for name in upload.sizes if name.startswith(prefix)]
     if any(name.startswith("variables.data") for name in names) != ("variables.index" in names):
         truncated(path, "its variables/ folder is not whole", _SAVE)
-    return Recognised(FORMAT, folder)
+    with upload.open(path) as stream:
+        graph = _Graph(Wire(stream, upload.sizes[path]), path)
+        try:
+            graph.walk()
+        except Fault as fault:
+            if fault.cut:
+                truncated(path, str(fault), _SAVE)
+            invalid(path, str(fault), _SAVE)
+    return Recognised(FORMAT, folder, signature=graph.signature())
+
+
+class _Graph:
+    """What saved_model.pb says of its signatures; UserError where it holds what is not served."""
+
+    def __init__(self, wire: Wire, path: str) -> None:
+        self._wire, self._path = wire, path
+        self._signatures: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self._graphs = 0
+
+    def walk(self) -> None:
+        for number, wire, at, length in self._wire.fields(0, self._wire.size):
+            if (number, wire) == (2, 2):
+                self._graphs += 1
+                self._meta_graph(at, at + length)
+
+    def signature(self) -> Signature | None:
+        """Of what the service calls: `serving_default`, or the only one."""
+        name = "serving_default" if "serving_default" in self._signatures else next(iter(self._signatures), "")
+        if name not in self._signatures or (name != "serving_default" and len(self._signatures) > 1):
+            raise UserError(
+                "no_signature",
+                f"{shown(self._path)} has no signature serving_default"
+                + (f", but {shown(', '.join(sorted(self._signatures)))}." if self._signatures else "."),
+                field="file",
+                hint=f"Save it with {_SAVE}, or name a function: tf.saved_model.save(model, 'folder', "
+                "signatures={'serving_default': …}).",
+            )
+        if self._graphs != 1:
+            return None  # which one is loaded depends on their tags
+        inputs, outputs = self._signatures[name]
+        if len(inputs) == 1:
+            inputs = [replace(inputs[0], name=plain_name(inputs[0].name))]
+        return Signature(
+            tensors=tuple(sorted(inputs, key=lambda tensor: tensor.name)),
+            outputs=tuple(sorted(outputs, key=lambda tensor: tensor.name)),
+        )
+
+    def _meta_graph(self, start: int, end: int) -> None:
+        for number, wire, at, length in self._wire.fields(start, end):
+            if (number, wire) == (2, 2):
+                self._graph(at, at + length)
+            elif (number, wire) == (5, 2):
+                self._named_signature(at, at + length)
+
+    def _graph(self, start: int, end: int) -> None:
+        for number, wire, at, length in self._wire.fields(start, end):
+            if (number, wire) == (1, 2):
+                self._node(at, at + length)
+            elif (number, wire) == (2, 2):  # the library of functions
+                for inner, inner_wire, place, size in self._wire.fields(at, at + length):
+                    if (inner, inner_wire) == (1, 2):
+                        self._function(place, place + size)
+
+    def _function(self, start: int, end: int) -> None:
+        for number, wire, at, length in self._wire.fields(start, end):
+            if (number, wire) == (3, 2):
+                self._node(at, at + length)
+
+    def _node(self, start: int, end: int) -> None:
+        for number, wire, at, length in self._wire.fields(start, end):
+            if (number, wire) == (2, 2) and _REFUSED_OPERATORS.fullmatch(operator := self._wire.text(at, length)):
+                self._refuse(operator)
+
+    def _refuse(self, operator: str) -> NoReturn:
+        raise UserError(
+            "refused_operator",
+            f"{shown(self._path)} has the operator {operator}, which reaches out of the model.",
+            field="file",
+            hint=f"Save the network alone, without its data pipeline and prints, with {_SAVE}; or pack the model with "
+            "its code: ekiben init --from FILE.",
+        )
+
+    def _named_signature(self, start: int, end: int) -> None:
+        name, inputs, outputs = "", [], []
+        for number, wire, at, length in self._wire.fields(start, end):
+            if (number, wire) == (1, 2):
+                name = self._wire.text(at, length)
+            elif (number, wire) == (2, 2):
+                for inner, inner_wire, place, size in self._wire.fields(at, at + length):
+                    if inner_wire == 2 and inner in (1, 2):
+                        (inputs if inner == 1 else outputs).append(self._tensor(place, place + size))
+        if len(inputs) + len(outputs) > _MOST_TENSORS:
+            raise Fault("a signature has too many tensors")
+        if not name.startswith("__saved_model_"):  # TensorFlow's own: how to initialise and train
+            self._signatures[name] = (inputs, outputs)
+
+    def _tensor(self, start: int, end: int) -> Tensor:
+        """An entry of a map: its key, and a TensorInfo."""
+        name, dtype, shape = "", "unknown", None
+        for number, wire, at, length in self._wire.fields(start, end):
+            if (number, wire) == (1, 2):
+                name = self._wire.text(at, length)
+            elif (number, wire) == (2, 2):
+                for inner, inner_wire, place, size in self._wire.fields(at, at + length):
+                    if (inner, inner_wire) == (2, 0):
+                        dtype = _DTYPES.get(place, "unknown")
+                    elif (inner, inner_wire) == (3, 2):
+                        shape = self._shape(place, place + size)
+        return Tensor(name, dtype, shape)
+
+    def _shape(self, start: int, end: int) -> tuple[int | None, ...] | None:
+        sizes: list[int | None] = []
+        for number, wire, at, length in self._wire.fields(start, end):
+            if (number, wire) == (3, 0) and at:
+                return None
+            if (number, wire) == (2, 2):
+                size = 0
+                for inner, inner_wire, value, _ in self._wire.fields(at, at + length):
+                    if (inner, inner_wire) == (1, 0):
+                        size = value
+                sizes.append(None if size >> 63 else size)  # -1 as a number without a sign
+        return tuple(sizes)

@@ -31,7 +31,7 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardSc
 from registry.errors import UserError
 from registry.formats import FORMATS, Recognised, choose_kind, recognise, skops_types
 from registry.kinds import Kind, Kinds
-from registry.signature import Column
+from registry.signature import Column, Tensor
 
 ROWS = 120
 
@@ -550,7 +550,7 @@ def test_skops_with_a_pickled_array_is_refused():
 # others
 
 
-def test_safetensors_and_keras_are_known_and_have_no_kind_yet(made):
+def test_safetensors_and_keras_are_known(made):
     assert see(made("safetensors")).format == "safetensors"
     assert see(made("keras")).format == "keras-v3"
 
@@ -577,11 +577,93 @@ def test_keras_with_code_inside_is_refused(layer):
     assert refused(keras_file(layer)).code == "keras_lambda"
 
 
-def test_a_savedmodel_folder_is_known():
-    files = {"m/saved_model.pb": b"\x08\x01\x12\x00", "m/variables/variables.index": b"i"}
-    assert refused(files).code == "truncated_model"
-    found = see({**files, "m/variables/variables.data-00000-of-00001": b"d"})
+def test_keras_says_its_inputs_and_its_several_outputs():
+    def given(name: str, shape: list[int | None], dtype: object) -> dict[str, object]:
+        config = {"name": name, "batch_shape": shape, "dtype": dtype}
+        return {"module": "keras.layers", "class_name": "InputLayer", "config": config, "registered_name": None}
+
+    def model(layers: list[dict[str, object]], class_name: str, **more: object) -> Recognised:
+        config = {"module": "keras", "class_name": class_name, "config": {"layers": layers, **more}}
+        return see(zip_of({"config.json": json.dumps(config), "metadata.json": '{"keras_version": "3.8.0"}',
+                           "model.weights.h5": "HDF"}))  # fmt: skip
+
+    chain = model([given("keras_tensor_41", [2, 3], {"class_name": "DTypePolicy", "config": {"name": "float32"}})],
+                  "Sequential").signature  # fmt: skip
+    assert chain is not None
+    assert chain.tensors == (Tensor("input", "float32", (None, 3)),), "a name that counts on is no name"
+    several = model(
+        [given("age", [None, 1], "float32"), given("text", [None], "string")],
+        "Functional",
+        input_layers=[["text", 0, 0], ["age", 0, 0]],
+        output_layers={"yes": ["d1", 0, 0], "no": ["d2", 0, 0]},
+    ).signature
+    assert several is not None
+    assert several.tensors == (Tensor("text", "string", (None,)), Tensor("age", "float32", (None, 1)))
+    assert [output.name for output in several.outputs] == ["yes", "no"]
+    assert model([], "Sequential").signature is None, "it was never built"
+
+
+def field(number: int, value: bytes | int) -> bytes:
+    """A field of a protobuf message."""
+
+    def varint(value: int) -> bytes:
+        value &= (1 << 64) - 1
+        out = b""
+        while value > 0x7F:
+            out, value = out + bytes([value & 0x7F | 0x80]), value >> 7
+        return out + bytes([value])
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def saved_model(operators: list[str], name: bytes = b"serving_default", inside: str = "graph") -> dict[str, bytes]:
+    def tensor(key: bytes, dtype: int, *sizes: int) -> bytes:
+        shape = b"".join(field(2, field(1, size)) for size in sizes)
+        return field(1, key) + field(2, field(1, key + b":0") + field(2, dtype) + field(3, shape))
+
+    nodes = [field(1, b"n") + field(2, each.encode()) for each in operators]
+    graph = b"".join(field(1, node) for node in nodes)
+    if inside == "function":
+        graph = field(2, field(1, b"".join(field(3, node) for node in nodes)))
+    inputs = field(1, tensor(b"b", 7, -1)) + field(1, tensor(b"a", 1, -1, 3))
+    signature = field(1, name) + field(2, inputs + field(2, tensor(b"y", 9, -1, 2)))
+    own = field(1, b"__saved_model_init_op") + field(2, b"")
+    return {
+        "m/saved_model.pb": field(1, 1) + field(2, field(2, graph) + field(5, signature) + field(5, own)),
+        "m/variables/variables.index": b"i",
+        "m/variables/variables.data-00000-of-00001": b"d",
+    }
+
+
+def test_a_savedmodel_says_its_signature():
+    files = saved_model(["MatMul", "RestoreV2", "InitializeTableFromTextFileV2"])
+    found = see(files)
     assert (found.format, found.path) == ("tensorflow-savedmodel", "m")
+    assert found.signature is not None
+    assert found.signature.tensors == (Tensor("a", "float32", (None, 3)), Tensor("b", "string", (None,)))
+    assert found.signature.outputs == (Tensor("y", "int64", (None, 2)),)
+    assert see(saved_model(["MatMul"], b"only_one")).signature is not None
+    whole = files.pop("m/variables/variables.data-00000-of-00001")
+    assert refused(files).code == "truncated_model"
+    files["m/variables/variables.data-00000-of-00001"] = whole
+    files["m/saved_model.pb"] = files["m/saved_model.pb"][:-5]
+    assert refused(files).code == "truncated_model"
+
+
+@pytest.mark.parametrize("operator", ["PyFunc", "EagerPyFunc", "ReadFile", "WriteFile", "PrintV2", "TFRecordDatasetV2"])
+@pytest.mark.parametrize("inside", ["graph", "function"])
+def test_a_savedmodel_that_reaches_out_of_itself_is_refused(operator, inside):
+    error = refused(saved_model(["MatMul", operator], inside=inside))
+    assert error.code == "refused_operator"
+    assert operator in error.detail
+
+
+def test_a_savedmodel_without_a_function_to_call_is_refused():
+    files = saved_model(["MatMul"])
+    files["m/saved_model.pb"] = field(1, 1) + field(2, field(2, b""))
+    assert refused(files).code == "no_signature"
 
 
 @pytest.mark.parametrize(

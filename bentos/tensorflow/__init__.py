@@ -1,0 +1,1 @@
+"""The kind `tensorflow`: SavedModel folders and Keras v3 files."""

@@ -1,0 +1,210 @@
+"""A Keras v3 file or a SavedModel folder as one compiled function of named tensors.
+
+A function is traced once, for rows of any number: no request makes TensorFlow trace again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bentos import serving
+from bentos.serving.networks import tensorflow
+from bentos.serving.tensors import DTYPES, Tensor, Tensors, value_schema
+
+_KERAS_HINT = "save it with model.save('model.keras'), once it has been built by an Input or by a first call"
+_SAVED_HINT = "save it with model.export('folder'), or with tf.saved_model.save and signatures={'serving_default': …}"
+
+# names that Keras makes up count on from model to model (registry/formats/keras.py has the same)
+_MADE_UP = re.compile(r"keras_tensor(_\d+)?|input_layer(_\d+)?|input_\d+|inputs|args_0")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the model gives a row. `shape` is without the batch; None where it is not known before."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...] | None
+    batched: bool
+
+    def json_schema(self) -> dict[str, Any]:
+        return {} if self.shape is None or self.dtype not in DTYPES else value_schema(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Network:
+    """`call` takes tensors by input name and gives them by output name."""
+
+    inputs: Tensors
+    outputs: tuple[Output, ...]
+    whole: bool
+    """Rows go in together; else one row a call, as the model's batch is fixed or its answer has none."""
+    call: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    details: Mapping[str, Any]
+
+
+def load(folder: serving.ModelFolder) -> Network:
+    """The network of a version. Raises StartError `model_load_failed` when it cannot be served."""
+    if folder.format == "tensorflow-savedmodel":
+        return _saved_model(folder)
+    return _keras(folder)
+
+
+def _keras(folder: serving.ModelFolder) -> Network:
+    tf = tensorflow()
+    import keras
+
+    files = [f for f in folder.files if PurePosixPath(f).suffix.lower() == ".keras"]
+    path = folder.path(files[0] if len(files) == 1 else None)
+    try:
+        with _as_keras(path) as named:
+            model = keras.saving.load_model(named, compile=False, safe_mode=True)
+    except Exception as error:  # Keras raises whatever its layers, h5py and zipfile do
+        raise _failed(f"{path.name} cannot be loaded by Keras {keras.__version__}", error, _KERAS_HINT) from error
+    try:
+        flat, answers = list(model.inputs), list(model.outputs)
+    except (AttributeError, TypeError, ValueError) as error:  # it was never built
+        raise _failed(f"{path.name} does not say what it takes", error, _KERAS_HINT) from error
+    # a chain of layers has one of each; what else says what it takes was made from its inputs
+    chain = isinstance(model, keras.Sequential)
+    takes, gives = (flat[0], answers[0]) if chain else (model.input, model.output)
+    if any(getattr(t, "sparse", False) or getattr(t, "ragged", False) for t in flat):
+        message = f"{path.name} takes sparse or ragged tensors, which rows of JSON are not"
+        raise serving.StartError("model_load_failed", message, "give the model an Input of a dense tensor")
+    names = list(takes) if isinstance(takes, dict) else [t.name for t in flat]
+    tensors = [takes[name] for name in names] if isinstance(takes, dict) else flat
+    if isinstance(gives, dict):
+        outputs = list(gives)
+    elif len(answers) == 1:
+        outputs = ["output"]
+    else:
+        outputs = list(dict.fromkeys(getattr(model, "output_names", ())))
+        outputs = outputs if len(outputs) == len(answers) else [f"output_{i}" for i in range(len(answers))]
+    specs = [
+        tf.TensorSpec((None, *t.shape[1:]), t.dtype, name=f"input_{i}") for i, t in enumerate(tensors)
+    ]  # the batch that a model was built with binds nobody
+
+    def run(*values: Any) -> list[Any]:
+        if isinstance(takes, dict):
+            answer = model(dict(zip(names, values, strict=True)), training=False)
+        else:
+            answer = model(keras.tree.pack_sequence_as(takes, list(values)), training=False)
+        return [answer[name] for name in outputs] if isinstance(answer, dict) else keras.tree.flatten(answer)
+
+    try:
+        traced = tf.function(run, input_signature=specs, autograph=False).get_concrete_function()
+    except Exception as error:
+        raise _failed(f"{path.name} cannot be compiled", error, _KERAS_HINT) from error
+
+    def call(feed: Mapping[str, Any]) -> Mapping[str, Any]:
+        values = traced(*(tf.constant(feed[n], s.dtype) for n, s in zip(names, specs, strict=True)))
+        return dict(zip(outputs, values, strict=True))
+
+    return _network(
+        dict(zip(names, specs, strict=True)),
+        dict(zip(outputs, traced.structured_outputs, strict=True)),
+        call,
+        {"keras": keras.__version__, "parameters": int(model.count_params())},
+    )
+
+
+@contextmanager
+def _as_keras(path: Path) -> Iterator[Path]:
+    """The file by a name that Keras takes: it goes by the suffix, an upload by the content."""
+    if path.suffix == ".keras":
+        yield path
+        return
+    with TemporaryDirectory() as scratch:
+        link = Path(scratch, "model.keras")
+        link.symlink_to(path.resolve())
+        yield link
+
+
+def _saved_model(folder: serving.ModelFolder) -> Network:
+    tf = tensorflow()
+    found = [PurePosixPath(f) for f in folder.files if PurePosixPath(f).name == "saved_model.pb"]
+    if not found:
+        message = f"this version has no saved_model.pb among its {len(folder.files)} files"
+        raise serving.StartError("model_load_failed", message, _SAVED_HINT)
+    top = min(found, key=lambda path: (len(path.parts), path)).parent
+    shown = "the SavedModel" if top == PurePosixPath(".") else f"the SavedModel {top}"
+    try:
+        loaded = tf.saved_model.load(str(folder.root / "files" / top))
+        signatures = dict(loaded.signatures)
+    except Exception as error:  # errors of the file system, of protobuf, and of restoring variables
+        raise _failed(f"{shown} cannot be loaded by TensorFlow {tf.__version__}", error, _SAVED_HINT) from error
+    name = "serving_default" if "serving_default" in signatures else next(iter(signatures), None)
+    if name is None or (name != "serving_default" and len(signatures) > 1):
+        message = f"{shown} has the signatures {sorted(signatures)}, none of which is serving_default"
+        raise serving.StartError("model_load_failed", message[:1000], _SAVED_HINT)
+    signature = signatures[name]
+    # the signature has no order of its own
+    specs = dict(sorted(signature.structured_input_signature[1].items()))
+
+    def call(feed: Mapping[str, Any]) -> Mapping[str, Any]:
+        answer: Mapping[str, Any] = signature(**{n: tf.constant(feed[n], s.dtype) for n, s in specs.items()})
+        return answer
+
+    # variables live as long as what was loaded does, not as long as its signature
+    call.loaded = loaded  # type: ignore[attr-defined]
+    return _network(
+        specs,
+        dict(sorted(signature.structured_outputs.items())),
+        call,
+        {"signature": name, "tensorflow": tf.__version__},
+    )
+
+
+def _network(
+    specs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    call: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    details: Mapping[str, Any],
+) -> Network:
+    if not specs:
+        raise serving.StartError("model_load_failed", "the model has no inputs", "export a model with inputs")
+    tensors = Tensors(tuple(_tensor(name, spec) for name, spec in specs.items()))
+    if len(specs) == 1 and _MADE_UP.fullmatch(made_up := tensors.names[0]):
+        tensors, inner = Tensors((replace(tensors.all[0], name="input"),)), call
+
+        def call(feed: Mapping[str, Any]) -> Mapping[str, Any]:
+            return inner({made_up: feed["input"]})
+
+    given = tuple(_output(name, spec) for name, spec in outputs.items())
+    fixed = {_batch(spec) for spec in specs.values()} - {None}
+    if tensors.batched and any(size != 1 for size in fixed):
+        message = f"the model takes exactly {min(fixed, key=str)} rows at once"
+        raise serving.StartError("model_load_failed", message, "export it with a first axis of None")
+    whole = tensors.batched and not fixed and all(each.batched for each in given)
+    return Network(tensors, given, whole, call, details)
+
+
+def _batch(spec: Any) -> int | None:
+    return spec.shape[0] if spec.shape.rank else None
+
+
+def _tensor(name: str, spec: Any) -> Tensor:
+    dtype = spec.dtype.name
+    if dtype not in DTYPES:
+        message = f"the input {name!r} is a tensor of {dtype}, which cannot be sent as JSON"
+        raise serving.StartError("model_load_failed", message, "export the model with tensors of numbers or text")
+    sizes = None if spec.shape.rank is None else tuple(spec.shape[1:])
+    return Tensor(name, dtype, sizes, spec.shape.rank != 0)
+
+
+def _output(name: str, spec: Any) -> Output:
+    rank = spec.shape.rank
+    batched = rank is None or (rank > 0 and spec.shape[0] is None)
+    sizes = None if rank is None else tuple(spec.shape[1:] if batched or (rank and spec.shape[0] == 1) else spec.shape)
+    return Output(name, spec.dtype.name, sizes, batched)
+
+
+def _failed(what: str, error: Exception, hint: str) -> serving.StartError:
+    said = str(error).strip().split("\n")[0][:500]
+    return serving.StartError("model_load_failed", f"{what}: {said}", hint)

@@ -1,0 +1,24 @@
+"""Serve a TensorFlow SavedModel or a Keras v3 file on the CPU: tensors by name, in and out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bentoml
+
+from bentos import serving
+from bentos.tensorflow.model import Model
+
+
+@serving.offer
+@bentoml.service(name="tensorflow", image=serving.image(__file__))
+class TensorFlow:
+    def __init__(self) -> None:
+        self.model = Model(serving.folder(__file__))
+        self.about = self.model.about
+
+    @bentoml.api(route="/predict")
+    async def predict(self, inputs: list[Any]) -> dict[str, list[Any]]:
+        """One value per row: what the model's output holds for it, or an object by name if it has several outputs."""
+        answer: dict[str, list[Any]] = await serving.answer(self.model.together, inputs)
+        return answer
