@@ -34,8 +34,10 @@ _FIELDS = frozenset(
         "memory",
     }
 )
-# what does not change how a kind serves: caches, training output, prose
-_IGNORED_FOLDERS = frozenset({"__pycache__", "model", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".git", ".venv"})
+# what does not change how a kind serves: caches, training output, scheduled work, prose
+_IGNORED_FOLDERS = frozenset(
+    {"__pycache__", "model", "batch", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".git", ".venv"}
+)
 _IGNORED_FILES = re.compile(r"(?i)readme(\..*)?|.*\.py[co]|\..*|.*~|.*\.sw[po]")
 
 

@@ -222,7 +222,7 @@ class Forecaster:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     where: str
     date: dt.date
     key: tuple[str, str]
@@ -231,7 +231,7 @@ class _Row:
 
 def _history(rows: Any) -> tuple[tuple[Series, ...], dict[tuple[str, str], int]]:
     """The series of a history, and the number of each by store and item."""
-    by_key: dict[tuple[str, str], list[_Row]] = {}
+    by_key: dict[tuple[str, str], list[Row]] = {}
     for row in _rows(rows, "history", ("sales", *_KNOWN), required=("sales",)):
         by_key.setdefault(row.key, []).append(row)
     if not by_key:
@@ -241,7 +241,7 @@ def _history(rows: Any) -> tuple[tuple[Series, ...], dict[tuple[str, str], int]]
     return series, {key: number for number, key in enumerate(by_key)}
 
 
-def _series(key: tuple[str, str], rows: Sequence[_Row]) -> Series:
+def _series(key: tuple[str, str], rows: Sequence[Row]) -> Series:
     store, item = key
     name = f"store {store!r}, item {item!r}"
     for before, after in pairwise(rows):
@@ -276,9 +276,9 @@ def _series(key: tuple[str, str], rows: Sequence[_Row]) -> Series:
 
 def _future(
     rows: Any, series: Sequence[Series], numbers: Mapping[tuple[str, str], int], horizon: int
-) -> list[dict[int, _Row]]:
+) -> list[dict[int, Row]]:
     """By series: the rows of the plan by step, 1 … horizon."""
-    plans: list[dict[int, _Row]] = [{} for _ in series]
+    plans: list[dict[int, Row]] = [{} for _ in series]
     if rows is None:
         return plans
     for row in _rows(rows, "future", _KNOWN, required=()):
@@ -301,7 +301,7 @@ def _future(
     return plans
 
 
-def _plan(rows: Mapping[int, _Row], horizon: int) -> Plan:
+def _plan(rows: Mapping[int, Row], horizon: int) -> Plan:
     def column(name: str, shift: int = 0) -> Floats:
         steps = range(1 + shift, horizon + 1 + shift)
         return np.array([rows[step].values[name] if step in rows else math.nan for step in steps])
@@ -309,16 +309,17 @@ def _plan(rows: Mapping[int, _Row], horizon: int) -> Plan:
     return Plan(column("price"), column("discount"), column("holiday"), column("holiday", 1), column("temperature"))
 
 
-def _rows(rows: Any, name: str, fields: Sequence[str], required: Sequence[str]) -> list[_Row]:
+def _rows(rows: Any, name: str, fields: Sequence[str], required: Sequence[str]) -> list[Row]:
     if not isinstance(rows, list):
         raise _wrong(name, rows, "a list of objects")
     if len(rows) > MAX_ROWS:
         detail = f"{name} has {len(rows)} rows; at most {MAX_ROWS} are taken at once"
         raise Problem("too_many_rows", detail, field=name, hint="send the series in several requests")
-    return [_row(row, f"{name}[{index}]", fields, required) for index, row in enumerate(rows)]
+    return [parse_row(row, f"{name}[{index}]", fields, required) for index, row in enumerate(rows)]
 
 
-def _row(row: Any, where: str, fields: Sequence[str], required: Sequence[str]) -> _Row:
+def parse_row(row: Any, where: str, fields: Sequence[str], required: Sequence[str]) -> Row:
+    """A checked row of a request or a table. Raises Problem, whose field begins with `where`."""
     if not isinstance(row, dict):
         raise _wrong(where, row, "an object with " + ", ".join((*_KEY, *required)))
     for name in (*_KEY, *required):
@@ -333,7 +334,7 @@ def _row(row: Any, where: str, fields: Sequence[str], required: Sequence[str]) -
         if not isinstance(text, str) or not text or len(text) > MAX_NAME:
             raise _wrong(f"{where}.{name}", text, f"text of 1 to {MAX_NAME} characters")
     values = {name: _number(row.get(name), f"{where}.{name}", name) for name in fields}
-    return _Row(where, _date(row["date"], f"{where}.date"), (row["store"], row["item"]), values)
+    return Row(where, _date(row["date"], f"{where}.date"), (row["store"], row["item"]), values)
 
 
 def _date(value: Any, where: str) -> dt.date:

