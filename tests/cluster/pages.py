@@ -27,8 +27,8 @@ class Shell:
             f'connect-to = "localhost:80:{where.hostname}:{where.port or 80}"\n'
             'noproxy = "*"\nsilent\nshow-error\nfail-with-body\nretry = 30\n'
         )
-        # The environment that runs the tests is there; `make` need not look.
-        settings = {"CURL_HOME": str(folder), "MAKEFLAGS": "--assume-old=setup"}
+        # The environment that runs the tests is there; `make` need not look. ARGS are those of `make e2e`.
+        settings = {"CURL_HOME": str(folder), "MAKEFLAGS": "--assume-old=setup", "ARGS": ""}
         self._process = subprocess.Popen(
             ["bash"], env={**environment(site.cluster), **settings}, cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

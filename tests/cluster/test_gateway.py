@@ -82,6 +82,8 @@ def test_the_api_and_models_answer_through_routes_of_a_gateway_and_a_refused_rou
         answer = gated.http.post(path, json={"inputs": churn[0].rows}, headers={**named, "X-Request-Id": STRAIGHT})
         if answer.status_code != 200:
             return None
+        if path == "/inference/predict" and answer.headers["ekiben-model"] != NAME:
+            return None  # whoever was the default before answers until the route has moved
         assert answer.json()["outputs"] == pytest.approx(churn[0].outputs)
         return str(answer.headers["x-request-id"])
 

@@ -33,6 +33,7 @@ from tests.cluster.workloads import eventually
 pytestmark = pytest.mark.timeout(600)
 
 DEADLINE = 240.0
+HOST = "anybody.test"
 SUBJECT = Path(__file__).with_name("subject.py")
 
 
@@ -379,9 +380,9 @@ def own_address(cluster: Cluster) -> str:
 
 
 def call(place: Place, path: str, version: str | None = None) -> dict[str, Any] | None:
-    """An answer through the ingress."""
+    """An answer through the ingress, for a host that nobody has a rule of its own for."""
     try:
-        answer = httpx.get(place.cluster.ingress_url + path, headers={"Host": "localhost"}, timeout=10, trust_env=False)
+        answer = httpx.get(place.cluster.ingress_url + path, headers={"Host": HOST}, timeout=10, trust_env=False)
     except httpx.HTTPError:
         return None
     found = answer.json() if answer.status_code == 200 else None
