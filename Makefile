@@ -11,7 +11,7 @@ OVERLAY ?= k8s/overlays/dev
 IMAGES ?=
 LOCKS := $(wildcard bentos/*/requirements.in)
 
-.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all conformance lint lock openapi train examples bench bench-build bench-upload bench-serve bench-cluster clean
+.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all conformance lint lock openapi train examples bench bench-build bench-upload bench-serve bench-models bench-cluster clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -94,6 +94,9 @@ bench-upload: setup ## the figures of large uploads alone
 
 bench-serve: setup ## the figures of version changes alone
 	@$(BIN)/python -m benchmarks.run serve $(ARGS)
+
+bench-models: setup ## the figures of every kind: quality, speed, memory, image (not part of `bench`)
+	@$(BIN)/python -m benchmarks.run models $(ARGS)
 
 bench-cluster: setup ## the figures of a real Kubernetes, which is brought up for them (root; not part of `bench`)
 	@$(BIN)/python -m benchmarks.run cluster $(ARGS)

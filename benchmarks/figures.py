@@ -28,7 +28,8 @@ class Figure:
     name: str
     title: str
     unit: str
-    target: float
+    target: float | None
+    """None: none was asked for, the figure is there to be known."""
     better: Literal["higher", "lower"]
     issue: int = 1
 

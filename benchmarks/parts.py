@@ -89,6 +89,12 @@ def get_json(url: str, **headers: str) -> Any:
         return json.loads(response.read())
 
 
+def status(url: str) -> int:
+    """Of a GET. Raises OSError where nothing listens, or it is refused."""
+    with _DIRECT.open(url, timeout=60) as response:
+        return int(response.status)
+
+
 def post(url: str, data: bytes = b"", method: str = "POST", **headers: str) -> tuple[bytes, Mapping[str, str]]:
     request = urllib.request.Request(url, data, headers, method=method)
     with _DIRECT.open(request, timeout=300) as response:

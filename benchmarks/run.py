@@ -1,10 +1,10 @@
 """Measure the README's figures and write benchmarks/report.json.
 
-    python -m benchmarks.run [all | build | upload | serve | cluster] [--quick] [--only FIGURE]
+    python -m benchmarks.run [all | build | upload | serve | models | cluster] [--quick] [--only FIGURE]
 
 A figure that cannot be measured, or fails, gets null and the reason; the others go on. --quick takes small sizes and
 one round to see that everything works, and writes benchmarks/scratch/quick/ in place of the report. The figures of a
-cluster are not among `all`.
+cluster and of models are not among `all`; --only models.KIND means all figures of one kind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
-from benchmarks import build, cluster, crowd, digests, layers, serve, upload
+from benchmarks import build, cluster, crowd, digests, kinds, layers, serve, upload
 from benchmarks.figures import RAW, REPORT, Absent, Figure, Measured, entry, merge, write_raw
 from benchmarks.parts import WORK, Bench
 
@@ -29,17 +29,20 @@ VERBS: dict[str, dict[str, dict[Figure, Measure]]] = {
     "build": {"build": build.FIGURES, "layers": layers.FIGURES, "digests": digests.FIGURES},
     "upload": {"upload": upload.FIGURES},
     "serve": {"serve": serve.FIGURES},
+    "models": {"models": kinds.FIGURES},
     "cluster": {"cluster": cluster.FIGURES, "crowd": crowd.FIGURES},
 }
-APART = ("cluster",)  # only when it is asked for by name: it needs root, and turns the machine into a Kubernetes
+APART = ("models", "cluster")  # only when asked for by name: one takes long, the other makes the machine a Kubernetes
 ORDER = [figure.name for families in VERBS.values() for figures in families.values() for figure in figures]
+
+ONE_KIND = sorted({name.rpartition(".")[0] for name in ORDER if name.startswith("models.")})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", default="all", choices=["all", *VERBS])
     parser.add_argument("--quick", action="store_true", help="small sizes, one round, another report")
-    parser.add_argument("--only", metavar="FIGURE", choices=ORDER, help=f"one of {', '.join(ORDER)}")
+    parser.add_argument("--only", metavar="FIGURE", choices=[*ORDER, *ONE_KIND], help=f"one of {', '.join(ORDER)}")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupted)
     report, raw = (WORK / "quick" / "report.json", WORK / "quick" / "raw") if asked.quick else (REPORT, RAW)
@@ -51,7 +54,7 @@ def main() -> int:
             for family, figures in families.items():
                 if asked.verb != verb and (asked.verb != "all" or verb in APART):
                     continue
-                chosen = {key: value for key, value in figures.items() if asked.only in (None, key.name)}
+                chosen = {key: value for key, value in figures.items() if _is_meant(key.name, asked.only)}
                 if not chosen:
                     continue
                 measured: dict[str, Measured] = {}
@@ -73,6 +76,10 @@ def main() -> int:
     return 1 if missing else 0
 
 
+def _is_meant(name: str, only: str | None) -> bool:
+    return only in (None, name) or (only in ONE_KIND and name.startswith(f"{only}."))
+
+
 def _attempt(bench: Bench, measure: Measure) -> tuple[Measured | None, str | None]:
     try:
         return measure(bench), None
@@ -85,6 +92,9 @@ def _attempt(bench: Bench, measure: Measure) -> tuple[Measured | None, str | Non
 
 
 def _tell(figure: Figure, found: Measured) -> None:
+    if figure.target is None:
+        print(f"    {found.value:.3g} {figure.unit}", flush=True)
+        return
     met = found.value >= figure.target if figure.better == "higher" else found.value <= figure.target
     sign = "≥" if figure.better == "higher" else "≤"
     print(f"    {found.value:.3g} {figure.unit} ({sign} {figure.target:g}): {'met' if met else 'NOT MET'}", flush=True)

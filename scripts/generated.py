@@ -16,11 +16,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from scripts import errors, settings
+from scripts import errors, kinds, settings
 
 ROOT = Path(__file__).resolve().parents[1]
-_FIGURES = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
+REPORT = ROOT / "benchmarks" / "report.json"
 
 
 def main() -> int:
@@ -95,17 +96,28 @@ def _documents() -> Iterator[tuple[Path, str]]:
     yield ROOT / "docs" / "openapi.json", document
     yield ROOT / "docs" / "errors.md", errors.document(ROOT)
     yield ROOT / "docs" / "settings.md", settings.document()
-    readme = ROOT / "README.md"
-    yield readme, _FIGURES.sub(lambda found: found[1] + _figures() + found[2], readme.read_text())
+    yield _with_table(ROOT / "README.md", "figures", _figures())
+    yield _with_table(ROOT / "docs" / "guide.md", "kinds", kinds.table(ROOT))
+    yield _with_table(ROOT / "benchmarks" / "README.md", "models", kinds.figures(ROOT, _report()))
+
+
+def _with_table(page: Path, name: str, table: str) -> tuple[Path, str]:
+    """A page whose table between <!-- NAME --> and <!-- /NAME --> is made here."""
+    place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    return page, place.sub(lambda found: found[1] + table + found[2], page.read_text())
+
+
+def _report() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(REPORT.read_text()) if REPORT.exists() else []
+    return found
 
 
 def _figures() -> str:
-    """The table of benchmarks/report.json."""
-    report = ROOT / "benchmarks" / "report.json"
-    if not report.exists():
-        return ""
+    """The table of benchmarks/report.json but for the kinds', which have one of their own."""
     rows = ["| figure | measured | target | command |", "| --- | --- | --- | --- |"]
-    for entry in json.loads(report.read_text()):
+    for entry in _report():
+        if entry["figure"].startswith("models."):
+            continue
         better = "≥" if entry["better"] == "higher" else "≤"
         unit = "" if entry["unit"] in ("x", "") else f" {entry['unit']}"
         times = " ×" if entry["unit"] == "x" else unit
