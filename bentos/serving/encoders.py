@@ -24,7 +24,7 @@ FAMILIES = ("bert", "camembert", "distilbert", "roberta", "xlm-roberta")
 LARGEST = 1_900_000_000
 """Bytes of weights: a graph with its weights is one protobuf message, and those end at 2 GiB."""
 
-EXPORT_HINT = "export it to ONNX where torch is: ekiben.push(model, …), or `optimum-cli export onnx`"
+EXPORT_HINT = "export it to ONNX where torch is: ekiben.push(pipeline, …), or `optimum-cli export onnx`"
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 _MASKED = -3.0e38
 Floats = NDArray[np.float32]

@@ -30,8 +30,9 @@ def push(
 ) -> Deployment:
     """Serve a model and return its endpoint once it is live.
 
-    `model` is a trained model (LightGBM, XGBoost, scikit-learn, ONNX), the path of a model file or project folder, or
-    the URI of a model in the server's MLflow: `runs:/RUN_ID/model`, `models:/churn/3`, or `model_info.model_uri`.
+    `model` is a trained model (LightGBM, XGBoost, scikit-learn, Keras, torch, ONNX, a pipeline of transformers), the
+    path of a model file or project folder, or the URI of a model in the server's MLflow: `runs:/RUN_ID/model`,
+    `models:/churn/3`, or `model_info.model_uri`.
     `sample` is some rows it can predict (a pandas DataFrame, a NumPy array, a list): a model object predicts them here,
     and the version goes live only if the served model gives the same. `expected` overrides these outputs; for a file it
     is what the sample should give. `requirements` is a requirements file, a pylock.toml, a uv.lock, or a list of

@@ -26,7 +26,7 @@ def body(data: Any) -> dict[str, Any]:
 
 
 def rows(data: Any) -> list[Any]:
-    """Rows of a pandas or polars frame, a NumPy array, or a list of rows.
+    """Rows of a pandas or polars frame, a NumPy array, a torch tensor, or a list of rows.
 
     Raises ExportError for what has no rows, for infinities (JSON has none) and for values without a JSON form.
     """
@@ -42,6 +42,8 @@ def rows(data: Any) -> list[Any]:
                 "a single number is not a list of rows", code="bad_sample", field="sample", hint="pass [row]"
             )
         return [_value(value, "sample") for value in data.tolist()]
+    if _is(data, "torch", "Tensor"):
+        return rows(data.detach().cpu().numpy())
     if hasattr(data, "tocsr") or hasattr(data, "todense"):
         raise ExportError(
             "a sparse matrix has no JSON rows", code="bad_sample", field="sample", hint="pass X[:100].toarray()"

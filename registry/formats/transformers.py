@@ -18,7 +18,7 @@ from registry.formats.upload import Recognised, Upload, read_up_to, shown, trunc
 ONNX = "transformers-onnx"
 SAFETENSORS = "transformers-safetensors"
 _SAVE = "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
-_EXPORT = "export it to ONNX: ekiben.push(model, tokenizer=tokenizer, …) or `optimum-cli export onnx`"
+_EXPORT = "export it to ONNX: ekiben.push(pipeline, …) where torch is, or `optimum-cli export onnx`"
 _LARGEST_CONFIG = 4 << 20
 _LARGEST_TOKENIZER = 64 << 20
 _LARGEST_INDEX = 32 << 20

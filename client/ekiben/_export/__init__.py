@@ -7,6 +7,8 @@ gives the same; a difference keeps the version from going live.
     XGBoost    Booster, XGBModel         → JSON       model.json    outputs of Booster.predict at the best iteration
     sklearn    estimator, pipeline       → skops      model.skops   outputs of predict_proba, else of predict
     ONNX       ModelProto                → protobuf   model.onnx    outputs of ONNX Runtime, where it is installed
+    torch      nn.Module                 → ONNX       model/        outputs of the module itself
+    transformers  pipeline, model, SentenceTransformer → a folder of safetensors or ONNX; scores or embeddings
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 
 from ekiben import _sample
 from ekiben._errors import ExportError
-from ekiben._export import lightgbm, onnx, sklearn, xgboost
+from ekiben._export import lightgbm, onnx, sklearn, torch, transformers, xgboost
 from ekiben._export.written import Written
 
 Writer = Callable[[Any, Path, Any], Written]
@@ -30,8 +32,13 @@ _WRITERS: Mapping[tuple[str, str], Writer] = {
     ("xgboost", "XGBModel"): xgboost.write,
     ("onnx", "ModelProto"): onnx.write,
     ("sklearn", "BaseEstimator"): sklearn.write,
+    ("sentence_transformers", "SentenceTransformer"): transformers.write_sentences,
+    ("transformers", "Pipeline"): transformers.write_pipeline,
+    ("transformers", "PreTrainedModel"): transformers.write,
+    ("torch", "Module"): torch.write,
 }
-"""By package and class, a base of the model's own; the first that fits, as XGBModel is an estimator of sklearn too."""
+"""By package and class, a base of the model's own; the first that fits: XGBModel is an estimator of sklearn too, and a
+model of transformers a module of torch."""
 
 
 @dataclass(frozen=True)
