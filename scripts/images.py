@@ -11,6 +11,7 @@ layout, an archive, or a reference such as docker.io/library/python:3.11-slim-bo
     service   our packages and their locked dependencies              entry point ekiben-server
     builder   the same for builds, with the bases that images stand on (/app/bases)
     mlflow    MLflow's server from its lock
+    training  the kinds' training programs, for scheduled work; large, so only made when it is named
     minio     the server, built from its Go module                    registry, postgres   Debian's packages
 """
 
@@ -78,6 +79,8 @@ class Recipe:
     """Packages of this checkout."""
     bases: bool = False
     """Whether it carries the bases of images."""
+    optional: bool = False
+    """Whether it is made only when it is named."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,13 @@ RECIPES = {
             packages=("bentos", "builder_image", "registry"),
             bases=True,
         ),
+        Recipe(
+            "training",
+            _ours("training", [PYTHON, "-m"], EKIBEN_HOME="/var/lib/ekiben", MPLCONFIGDIR="/tmp/matplotlib"),
+            locked=True,
+            packages=("bentos",),
+            optional=True,
+        ),
         Recipe("mlflow", _ours("mlflow", [f"/{staging.VENV}/bin/mlflow"], [5000]), locked=True),
         Recipe("minio", _ours("minio", ["/app/bin/minio"], [9000]), _minio),
         Recipe("registry", _ours("registry", ["/app/bin/registry"], [5000]), _registry, debian=("docker-registry",)),
@@ -237,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             base = _base(options.base, cache, options.platform, options.insecure)
             maker = Maker(cache, work, base, options.platform, tools, lambda line: print(line, file=sys.stderr))
             refs = {}
-            for name in options.images or RECIPES:
+            for name in options.images or [each.name for each in RECIPES.values() if not each.optional]:
                 maker.say(f"{name} …")
                 refs[name] = _deliver(maker.make(RECIPES[name]), name, output, options)
                 print(f"{refs[name]}", flush=True)
@@ -253,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="make images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("images", nargs="*", choices=[*RECIPES, []], help="which (default: all)")
+    parser.add_argument("images", nargs="*", choices=[*RECIPES, []], help="which (default: all but training)")
     parser.add_argument("--push", metavar="HOST:PORT[/FOLDER]", help="registry to push to; `docker login` is honoured")
     parser.add_argument("--insecure", action="store_true", help="push over plain http to another machine")
     parser.add_argument("--ca", type=Path, help="PEM file of the registry's own certificate authority")

@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser, folder: Path) -> None:
     group.add_argument(
         "--tracking-uri",
         metavar="URI",
-        help="MLflow store (default: the SQLite file mlflow.db in EKIBEN_HOME, ~/.ekiben)",
+        help="MLflow (default: MLFLOW_TRACKING_URI, or the SQLite file mlflow.db in EKIBEN_HOME, ~/.ekiben)",
     )
     group.add_argument(
         "--no-mlflow", action="store_true", help="log no run (saves the seconds that MLflow takes to load)"
@@ -57,7 +57,7 @@ def finish(outcome: Outcome, options: argparse.Namespace, progress: Progress, ga
     run = None
     if not options.no_mlflow:
         home = Path(os.environ.get("EKIBEN_HOME") or "~/.ekiben").expanduser().absolute()
-        uri = options.tracking_uri or tracking.default_uri(home)
+        uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(home)
         run = tracking.record(outcome, folder, uri)
         progress(f"logged as run {run} in {uri}")
         outcome = replace(outcome, run=run)
@@ -66,7 +66,10 @@ def finish(outcome: Outcome, options: argparse.Namespace, progress: Progress, ga
         options.metrics.write_text(json.dumps(body, indent=2) + "\n")
     print("\nmodel file: " + ", ".join(str(_short(out / "files" / name)) for name in folder.files))
     if not options.register:
-        print("upload it with either of\n" + registration.how_to_upload(_short(out), folder.files, outcome.kind))
+        print(
+            "upload it with either of\n"
+            + registration.how_to_upload(_short(out), folder.files, outcome.name, outcome.kind)
+        )
         return 0
     service = registration.Service(options.register, os.environ.get("EKIBEN_TOKEN"))
     decision = None

@@ -39,6 +39,11 @@ class Outcome:
     run: str | None = None
     """Its run in MLflow, once it was logged; the version leads back to it."""
 
+    @property
+    def name(self) -> str:
+        """What the model is called where it is uploaded: the kind as a name of an endpoint may be."""
+        return self.kind.replace("_", "-")
+
     def write(self, folder: Path) -> ModelFolder:
         """Write the model folder (docs/design.md §4). Raises FileExistsError if `folder` holds something else."""
         return write_model(

@@ -72,7 +72,7 @@ class Service:
         Gives the Version (docs/design.md §10). Raises RegistrationError, also where the build or the rollout failed.
         """
         form = {
-            "name": outcome.kind,
+            "name": outcome.name,
             "kind": outcome.kind,
             "labels": json.dumps(outcome.labels, sort_keys=True),
             "deploy": "true" if deploy else "false",
@@ -163,7 +163,7 @@ def register_behind(
     Gives the Version and the decision; None where the very same model is live already. What is recorded before the
     release is what the release follows: a program that ends in between finds both again when it is repeated.
     """
-    live = service.live(outcome.kind)
+    live = service.live(outcome.name)
     version = service.upload(outcome, folder, deploy=False)
     if live is not None and live["model"] == version["model"] and live["version"] == version["version"]:
         return version, None
@@ -172,8 +172,8 @@ def register_behind(
     if live is not None:
         if live["kind"] != outcome.kind:
             raise RegistrationError(
-                f"the deployment {outcome.kind} serves a model of kind {live['kind']}, which cannot be compared; "
-                f"release the version yourself: ekiben deploy {outcome.kind} --version {version['version']}"
+                f"the deployment {outcome.name} serves a model of kind {live['kind']}, which cannot be compared; "
+                f"release the version yourself: ekiben deploy {outcome.name} --version {version['version']}"
             )
         with tempfile.TemporaryDirectory(prefix="ekiben-live-") as scratch:
             say(f"evaluating live version {live['version']} on the same held-out data")
@@ -210,7 +210,7 @@ def _whole(version: dict[str, Any] | None) -> dict[str, Any]:
     return found
 
 
-def how_to_upload(folder: Path, files: Collection[str], kind: str) -> str:
+def how_to_upload(folder: Path, files: Collection[str], name: str, kind: str) -> str:
     """The two commands that upload a model folder by hand."""
     sample, expected = folder / "sample.json", folder / "expected.json"
     model = folder / "files"
@@ -219,7 +219,7 @@ def how_to_upload(folder: Path, files: Collection[str], kind: str) -> str:
         model /= next(iter(files))
         parts = f"-F file=@{model}"
     return (
-        f"ekiben push {model} --name {kind} --kind {kind} --sample {sample} --expected {expected}\n"
-        f"curl -F name={kind} -F kind={kind} -F sample=@{sample} -F expected=@{expected} "
+        f"ekiben push {model} --name {name} --kind {kind} --sample {sample} --expected {expected}\n"
+        f"curl -F name={name} -F kind={kind} -F sample=@{sample} -F expected=@{expected} "
         f"{parts} 'http://localhost:8000/models?wait=120'"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from bentos.forecast.batch import forecasts, sales
 from bentos.forecast.batch.tables import Database
 from bentos.serving.problems import Problem, StartError
 from bentos.training.outcome import Progress, table
+from bentos.training.registration import RegistrationError
 
 _TRIES = 5
 _ANSWER_SECONDS = 120.0
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Problem as error:
         print(f"{error.detail}" + (f"; {error.hint}" if error.hint else ""), file=sys.stderr)
         return 1
-    except (EndpointError, StartError, ValueError, OSError) as error:
+    except (EndpointError, RegistrationError, StartError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except SQLAlchemyError as error:
@@ -64,6 +66,8 @@ def _register(database: Database, options: argparse.Namespace, say: Progress) ->
 def _predict(database: Database, options: argparse.Namespace, say: Progress) -> None:
     if options.model is not None:
         answer, model = _of_folder(options.model)
+    elif options.live is not None:
+        answer, model = _of_service(options.live, os.environ.get("EKIBEN_TOKEN"))
     else:
         answer, model = _of_endpoint(options.url, os.environ.get("EKIBEN_TOKEN"))
     done = forecasts.predict(database, answer, model, options.horizon, say)
@@ -106,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--url", help="a deployment, e.g. http://localhost:8000/inference/forecast; EKIBEN_TOKEN is sent"
     )
+    model.add_argument("--live", metavar="URL", help="a running Ekiben, whose live version of forecast is brought here")
     model.add_argument("--model", type=Path, metavar="DIR", help="a model folder, as training writes it")
     predict.add_argument("--horizon", type=_positive, default=7, help="days (default 7)")
     evaluate = jobs.add_parser("evaluate", help="compare forecasts with what came")
@@ -126,6 +131,21 @@ def _of_folder(folder: Path) -> tuple[forecasts.Answer, str]:
     model.verify()
     forecaster = Forecaster.load(model.path())
     return lambda body: (forecaster.answer(body), model.digest), model.digest
+
+
+def _of_service(url: str, token: str | None) -> tuple[forecasts.Answer, str]:
+    """The model itself in place of its endpoint, which has better things to do than every series at once."""
+    from bentos.forecast.forecasting import Forecaster
+    from bentos.training.registration import Service
+
+    service = Service(url, token)
+    version = service.live("forecast")
+    if version is None:
+        raise EndpointError(f"{url} serves no forecast; train one: python -m bentos.forecast.train --register {url}")
+    with tempfile.TemporaryDirectory(prefix="ekiben-forecast-") as scratch:
+        forecaster = Forecaster.load(service.download(version, Path(scratch)).path())
+    name = f"{version['model']}/{version['version']}"
+    return lambda body: (forecaster.answer(body), name), name
 
 
 def _of_endpoint(url: str, token: str | None) -> tuple[forecasts.Answer, str]:
