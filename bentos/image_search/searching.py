@@ -59,10 +59,8 @@ class Search:
         )
         network = Network.load(path, most)
         if network.shape != (known.dimension,):
-            message = (
-                f"{catalogue.NETWORK} gives {list(network.shape)} numbers a picture, the catalogue has vectors of "
-            )
-            raise StartError("model_load_failed", f"{message}{known.dimension}", "build the catalogue again")
+            message = f"{catalogue.NETWORK} gives vectors of {list(network.shape)}, the catalogue has {known.dimension}"
+            raise StartError("model_load_failed", message, "build the catalogue again")
         return cls(network, known)
 
     def parse(self, fields: Mapping[str, Any]) -> Query:
