@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="where to write; made if it does not exist")
     parser.add_argument("--seed", type=int, default=7, help="same seed, same pictures (default 7)")
-    parser.add_argument("--small", action="store_true", help="60 pictures or fewer a part instead of 500 to 1500")
+    parser.add_argument("--small", action="store_true", help="60 pictures a part instead of 500 to 2500")
     options = parser.parse_args(arguments)
     data = make(Sizes(60, 60, 60, 60, 60) if options.small else Sizes(), options.seed)
     write(data, options.folder)
