@@ -97,14 +97,6 @@ class Upload:
     seconds: float
 
 
-# How each of MLflow's flavours writes a model as data, for those that it writes as code.
-_LOGGED_AS_DATA = {
-    "sklearn": "Log it as data: mlflow.sklearn.log_model(model, name='model', serialization_format='skops').",
-    "lightgbm": "Log its booster: mlflow.lightgbm.log_model(model.booster_, name='model').",
-    "xgboost": "Log it as data: mlflow.xgboost.log_model(model, name='model', model_format='ubj').",
-}
-
-
 @dataclass
 class _Text:
     value: bytearray = field(default_factory=bytearray)
@@ -326,7 +318,7 @@ class Intake:
         if generic and recognised.signature is not None and sample is not None:
             signature.check_sample(recognised.signature, sample)
         if generic and sample is None:
-            sample = self._example(recognised.signature)
+            sample = self._example(recognised)
         force = self._flag("force", False)
         if not force and recognised.signature is not None:
             live = compatible_with(name)
@@ -383,18 +375,20 @@ class Intake:
         except UserError as error:
             if self._imported is None or error.code not in ("pickle_refused", "skops_untrusted_type"):
                 raise
-            way = _LOGGED_AS_DATA.get(self._imported.flavour or "", "")
+            way = formats.mlflow.LOGGED_AS_DATA.get(self._imported.flavour or "", "")
             raise UserError(
                 error.code, error.detail, field="run_id", hint=f"{way} {error.hint or ''}".strip(), status=error.status
             ) from error
 
-    def _example(self, known: signature.Signature | None) -> Any:
+    def _example(self, recognised: formats.Recognised) -> Any:
         """MLflow's input example, if it is what this model takes; nobody asked for it, so it is no error if not."""
-        path = self._imported.folder / "example.json" if self._imported is not None else None
-        if path is None or known is None or not path.exists() or path.stat().st_size > self._limits.field:
+        known, example = recognised.signature, recognised.example
+        if known is None:
             return None
         try:
-            example = json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
+            path = self._imported.folder / "example.json" if self._imported is not None else None
+            if path is not None and path.exists() and path.stat().st_size <= self._limits.field:
+                example = json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
             digest.canonical_json(example)
             signature.check_sample(known, example)
             return example

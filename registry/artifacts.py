@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from registry.errors import InfrastructureError, UserError
+from registry.formats.mlflow import BOOKKEEPING, example_rows
 from registry.manifest import DEEPEST_PATH, SCHEMA, check_path
 from registry.origin import too_large
 
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
 _SMALL = 1024 * 1024  # bytes of an MLmodel file or an input example that is looked into
 _EXAMPLE_ROWS = 100
 
-# What MLflow writes into a model's folder besides the model.
-_BOOKKEEPING = frozenset(
-    (
-        "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "constraints.txt", "registered_model_meta",
-        "input_example.json", "serving_input_example.json", "uv.lock", "pyproject.toml", ".python-version",
-    )
-)  # fmt: skip
 # The entry of MLmodel that names a flavour's model; where there is `True`, files beside it belong to it.
 _FLAVOURS: dict[str, tuple[str, bool]] = {
     "lightgbm": ("data", False),
@@ -145,7 +139,7 @@ def _files(place: Place, most: int) -> Iterator[Found]:
                 continue
             yield Found(remote.removeprefix(f"{top}/") if top else remote, remote, each.file_size)
         count += len(listed)
-        if count > most + len(_BOOKKEEPING):
+        if count > most + len(BOOKKEEPING):
             raise UserError(
                 "too_many_files", f"The artifact has more than {most} files.", field="artifact_path",
                 hint="Name the model's own folder or file; or raise EKIBEN_MAX_FILES.", status=413,
@@ -164,7 +158,7 @@ def _flavours(data: bytes | None) -> dict[str, Any]:
 
 def _choose(flavours: dict[str, Any], found: dict[str, Found]) -> tuple[str | None, dict[str, Found]]:
     """The flavour and the files of a model that MLflow has logged, without what MLflow keeps beside them."""
-    others = {path: each for path, each in found.items() if path not in _BOOKKEEPING}
+    others = {path: each for path, each in found.items() if path not in BOOKKEEPING}
     for flavour, (key, beside) in _FLAVOURS.items():
         body = flavours.get(flavour)
         if not isinstance(body, dict):
@@ -199,28 +193,10 @@ def _example(download: _Download, found: dict[str, Found], into: Path) -> None:
     listed = found.get("input_example.json")
     data = download.small(listed) if listed is not None else None
     with suppress(ValueError, RecursionError):
-        rows = _rows(json.loads(data or b"", parse_constant=lambda _: None))
+        rows = example_rows(json.loads(data or b"", parse_constant=lambda _: None))
         if rows:
             body = json.dumps({"inputs": rows[:_EXAMPLE_ROWS]}, allow_nan=False)
             into.write_text(body)
-
-
-def _rows(example: Any) -> list[Any] | None:
-    if isinstance(example, list):
-        return example
-    if not isinstance(example, dict):
-        return None
-    columns, table = example.get("columns"), example.get("data")
-    if isinstance(table, list):
-        if isinstance(columns, list) and all(isinstance(name, str) for name in columns):
-            return [dict(zip(columns, row, strict=False)) for row in table if isinstance(row, list)]
-        return table
-    if isinstance(example.get("inputs"), list):
-        return list(example["inputs"])
-    values = list(example.values())
-    if values and all(isinstance(each, list) and len(each) == len(values[0]) for each in values):  # tensors by name
-        return [dict(zip(example, row, strict=True)) for row in zip(*values, strict=True)]
-    return None
 
 
 # --- how it comes here -----------------------------------------------------------------------------------------------

@@ -18,15 +18,21 @@ _MOST_LISTED = 10
 
 @dataclass(frozen=True)
 class Column:
-    """A named feature. `categories` are its levels in the model's order, where the model knows them."""
+    """A named feature. `categories` are its levels in the model's order, where the model knows them.
+
+    An object that stands for a row may leave out a column that is not `required`.
+    """
 
     name: str
     dtype: str = "number"
     categories: tuple[Scalar, ...] | None = None
+    required: bool = True
 
     def to_json(self) -> dict[str, Any]:
         body: dict[str, Any] = {"name": self.name, "dtype": self.dtype}
-        return body if self.categories is None else {**body, "categories": list(self.categories)}
+        if self.categories is not None:
+            body["categories"] = list(self.categories)
+        return body if self.required else {**body, "required": False}
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,12 @@ class Signature:
             )
 
         columns = tuple(
-            Column(item["name"], item["dtype"], tuple(item["categories"]) if "categories" in item else None)
+            Column(
+                item["name"],
+                item["dtype"],
+                tuple(item["categories"]) if "categories" in item else None,
+                item.get("required", True),
+            )
             for item in body["columns"]
         )
         classes = None if body["classes"] is None else tuple(body["classes"])
@@ -127,6 +138,8 @@ def _check_record(signature: Signature, row: dict[str, Any], where: str) -> None
             _misfit(f"{where}.{_short(name)}", "is no column of the model", close)
     for column in signature.columns:
         if column.name not in row:
+            if not column.required:
+                continue
             hint = "Give every column; null stands for a missing value."
             _misfit(f"{where}.{_short(column.name)}", "is missing", hint)
         _check_value(column, row[column.name], f"{where}.{_short(column.name)}")
@@ -252,6 +265,11 @@ def _input_changes(old: Signature, new: Signature) -> list[str]:
         want = {column.name: column for column in new.columns}
         changes = [f"column {_short(name)} removed" for name in have if name not in want]
         changes += [f"column {_short(name)} added" for name in want if name not in have]
+        changes += [
+            f"column {_short(name)} is required now"
+            for name, column in have.items()
+            if name in want and want[name].required and not column.required
+        ]
         for name, column in want.items():
             before = have.get(name)
             if before is None or "unknown" in (before.dtype, column.dtype):

@@ -228,11 +228,11 @@ class Table:
             missing = next((c.name for c in self.columns if c.name not in row), None)
             unknown = next((k for k in row if k not in self._name_set), None)
             if missing is not None:
-                guess = f"; did you mean {unknown!r}?" if unknown and _close(unknown, [missing]) else ""
+                guess = f"; did you mean {unknown!r}?" if unknown and closest(unknown, [missing]) else ""
                 detail = f"inputs[{i}] has no column {missing!r}{guess}"
                 hint = "send every column; null stands for a missing value"
                 raise Problem("missing_column", detail, field=f"inputs[{i}].{missing}", hint=hint)
-            close = _close(str(unknown), self.names)
+            close = closest(str(unknown), self.names)
             hint = f"did you mean {close!r}?" if close else self._columns_hint()
             detail = f"the model has no column {unknown!r}"
             raise Problem("unknown_column", detail, field=f"inputs[{i}].{unknown}", hint=hint)
@@ -354,7 +354,8 @@ def _any_of(table: Table) -> dict[str, Any]:
     return {"type": ["number", "null"]} if all(c.nullable for c in table.columns) else {"type": "number"}
 
 
-def _close(word: str, among: Sequence[str]) -> str | None:
+def closest(word: str, among: Sequence[str]) -> str | None:
+    """The name that was perhaps meant."""
     found = difflib.get_close_matches(word[:100], among, n=1)
     return found[0] if found else None
 

@@ -16,6 +16,7 @@ from registry.errors import UserError
 from registry.formats import (
     keras,
     lightgbm,
+    mlflow,
     onnx,
     pickles,
     project,
@@ -41,6 +42,7 @@ FORMATS: Mapping[str, str] = {
     tensorflow.FORMAT: "TensorFlow SavedModel folder",
     transformers.ONNX: "Hugging Face folder with model.onnx and tokenizer.json",
     transformers.SAFETENSORS: "Hugging Face folder with model.safetensors and tokenizer.json",
+    mlflow.FORMAT: "MLflow model folder (lightgbm, xgboost, onnx, sklearn through skops)",
     project.FORMAT: "a folder with a BentoML project",
 }
 
@@ -80,6 +82,8 @@ def recognise(sizes: Mapping[str, int] | Sequence[tuple[str, int]], open: OpenFi
             "empty_upload", "The upload holds no file.", field="file", hint="Send the model as file=@model.txt."
         )
     if (found := project.recognise(upload)) is not None:
+        return found
+    if (found := mlflow.recognise(upload, _file)) is not None:
         return found
     if (found := tensorflow.recognise(upload)) is not None:
         return found

@@ -134,7 +134,9 @@ class _Graph:
         )
 
     def _named_signature(self, start: int, end: int) -> None:
-        name, inputs, outputs = "", [], []
+        name = ""
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
         for number, wire, at, length in self._wire.fields(start, end):
             if (number, wire) == (1, 2):
                 name = self._wire.text(at, length)

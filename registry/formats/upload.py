@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from registry.errors import UserError
 from registry.signature import Signature
@@ -18,7 +18,7 @@ class Recognised:
     """What an upload is.
 
     `path` is the file that holds the model ("" where the folder as a whole does), `kind` is set only where the format
-    settles it (`project`), `notes` are plain sentences for the user.
+    settles it (`project`), `notes` are plain sentences for the user, `example` is a request's body that came with it.
     """
 
     format: str
@@ -26,6 +26,7 @@ class Recognised:
     kind: str | None = None
     signature: Signature | None = None
     notes: tuple[str, ...] = field(default=())
+    example: Any = None
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,19 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     assert not hasattr(sys, "ekiben_was_run")
 
 
+def test_a_keras_model_that_mlflow_saved_is_served_as_it_is(tmp_path: Path) -> None:
+    mlflow = importlib.import_module("mlflow.keras")
+    chain = _dense()
+    mlflow.save_model(chain, str(tmp_path / "logged"), pip_requirements=["keras"])
+    files = {p.relative_to(tmp_path).as_posix(): p for p in (tmp_path / "logged").rglob("*") if p.is_file()}
+    folder = write_model(tmp_path / "m", kind="tensorflow", format="keras-v3", files=files)
+    found = _recognised(folder)
+    assert (found.format, found.path) == ("keras-v3", "logged/data/model.keras")
+    model = Model(folder)
+    _agree(folder, model)
+    assert np.allclose(model.outputs([[1, 2, 3]]), chain(np.array([[1.0, 2.0, 3.0]])).numpy(), rtol=1e-6)
+
+
 def test_what_was_never_built_or_is_damaged_is_told(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="does not say what it takes"):
         Model(_keras(tmp_path, keras.Sequential([keras.layers.Dense(1)])))

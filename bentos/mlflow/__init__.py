@@ -1,0 +1,1 @@
+"""The kind `mlflow`: MLflow model folders of a flavour that is data."""
