@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bentos.training.cifar10 import CLASSES, Cifar10, Split
 
 SIDE = 32
 SHAPES = ("disc", "ring", "square", "cross", "stripes", "triangle")
@@ -64,25 +65,21 @@ def shapes(train: int, catalogue: int, held_out: int, seed: int) -> World:
     return World("drawn shapes", SHAPES, *parts)
 
 
-def cifar10(train: int, catalogue: int, held_out: int) -> World:
-    """Of the 50,000 training pictures of CIFAR-10 the first to learn from and the last as catalogue; test pictures held
-    out. Raises bentos.training.cifar10.DataError."""
-    from bentos.training import cifar10 as source
-
-    data = source.load()
-    if train + catalogue > len(data.train.labels) or held_out > len(data.test.labels):
-        raise ValueError(f"CIFAR-10 has not {train} + {catalogue} training pictures and {held_out} test pictures")
+def of_cifar10(data: Cifar10, train: int, catalogue: int, held_out: int) -> World:
+    """Of CIFAR-10's training pictures the first to learn from and the last as catalogue; its test pictures held out."""
     known = len(data.train.labels)
+    if train + catalogue > known or held_out > len(data.test.labels):
+        raise ValueError(f"CIFAR-10 has not {train} + {catalogue} training pictures and {held_out} test pictures")
     return World(
         "CIFAR-10",
-        source.CLASSES,
-        _split(data.train, "train", slice(0, train)),
-        _split(data.train, "train", slice(known - catalogue, known)),
-        _split(data.test, "test", slice(0, held_out)),
+        CLASSES,
+        _part(data.train, "train", slice(0, train)),
+        _part(data.train, "train", slice(known - catalogue, known)),
+        _part(data.test, "test", slice(0, held_out)),
     )
 
 
-def _split(split: Any, name: str, part: slice) -> Pictures:
+def _part(split: Split, name: str, part: slice) -> Pictures:
     ids = tuple(f"cifar10-{name}-{number:05d}" for number in range(part.start, part.stop))
     return Pictures(ids, split.pictures[part], split.labels[part].astype(np.int64))
 

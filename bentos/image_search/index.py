@@ -2,7 +2,7 @@
 
 The network stays the same, byte for byte: only then do old and new vectors mean the same. The index is built from
 nothing each time, so no trace of what was taken out is left in it, and the same pictures give the same files whatever
-was added when. A run that changes nothing makes the version that is already there.
+was added when.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ class Changes:
     """To be taken out, and not there."""
     unreadable: tuple[str, ...] = ()
     """Why each picture that cannot be read was left out."""
+
+    @property
+    def none(self) -> bool:
+        return not (self.added or self.replaced or self.removed)
 
 
 def listed(places: Collection[Path]) -> dict[str, Path]:
@@ -185,15 +189,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = Progress.start(options.quiet)
     try:
         with tempfile.TemporaryDirectory(prefix="ekiben-catalogue-") as scratch:
-            outcome, shown = _run(options, Path(scratch), progress)
+            outcome, changes, shown = _run(options, Path(scratch), progress)
     except (CatalogueError, StartError, registration.RegistrationError) as error:
         print(error, file=sys.stderr)
         return 1 if isinstance(error, registration.RegistrationError) else 2
     print(shown)
+    if changes.none and options.live:
+        print("nothing has changed: what is live stays")
+        return 0
     return command.finish(outcome, options, progress, Gate(*GATE, TOLERANCE, evaluate))
 
 
-def _run(options: argparse.Namespace, scratch: Path, progress: Progress) -> tuple[Outcome, str]:
+def _run(options: argparse.Namespace, scratch: Path, progress: Progress) -> tuple[Outcome, Changes, str]:
     gone = {*options.remove, *(_lines(options.remove_list) if options.remove_list else ())}
     files = asked = listed(options.add)
     folder = _downloaded(options.live, scratch) if options.live else ModelFolder.read(options.model)
@@ -208,7 +215,7 @@ def _run(options: argparse.Namespace, scratch: Path, progress: Progress) -> tupl
         raise CatalogueError(f"none of the {len(asked)} pictures can be read")
     made, changes = rebuilt(search, vectors, gone, progress)
     changes = replace(changes, unreadable=tuple(unreadable))
-    return outcome_of(folder, made, changes), report(len(search.catalogue.ids), made, changes)
+    return outcome_of(folder, made, changes), changes, report(len(search.catalogue.ids), made, changes)
 
 
 def _downloaded(url: str, scratch: Path) -> ModelFolder:

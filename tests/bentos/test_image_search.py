@@ -28,6 +28,7 @@ from bentos.image_search.learning import Recipe
 from bentos.image_search.searching import Search, png
 from bentos.serving import ModelFolder, StartError, write_model
 from bentos.serving.model import canonical_json
+from bentos.training.cifar10 import Cifar10, Split
 from bentos.training.outcome import Outcome, Progress
 from registry.errors import UserError
 from registry.formats import choose_kind, recognise
@@ -56,7 +57,7 @@ def search(model: ModelFolder) -> Search:
 
 @pytest.fixture(scope="module")
 def world() -> data.World:
-    return SMALL.world()
+    return SMALL.world(QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_a_saved_model_has_the_metrics_that_its_training_logged(model: ModelFold
 
 def test_the_same_seed_gives_the_same_bytes() -> None:
     recipe = Recipe(widths=(4, 8, 8, 8), dimension=8, epochs=1, batch=32, rate=0.1)
-    few = training.Settings("shapes", train=128, catalogue=64, held_out=60, seed=3, recipe=recipe)
+    few = training.Settings("drawn", train=128, catalogue=64, held_out=60, seed=3, recipe=recipe)
     first, second = (training.train(few, QUIET)[0] for _ in range(2))
     assert first.files == second.files
     assert (first.sample, first.expected) == (second.sample, second.expected)
@@ -129,6 +130,24 @@ def test_no_picture_is_in_two_parts_of_the_data(world: data.World) -> None:
     assert [len(part) for part in parts] == [1200, 600, 300]
     assert len({picture.tobytes() for part in parts for picture in part.pixels}) == 2100
     assert len({name for part in parts for name in part.ids}) == 2100
+
+
+def test_the_catalogue_of_cifar10_is_none_of_what_is_learnt_from() -> None:
+    """In the order of the data: the first to learn from, the last as catalogue, test pictures to search with."""
+
+    def split(count: int, start: int) -> Split:
+        numbers = np.arange(start, start + count, dtype=np.uint8)
+        return Split(np.broadcast_to(numbers[:, None, None, None], (count, 32, 32, 3)), numbers % 10)
+
+    whole = Cifar10(split(50, 0), split(20, 100))
+    found = data.of_cifar10(whole, 30, 15, 20)
+    assert found.train.pixels[:, 0, 0, 0].tolist() == list(range(30))
+    assert found.catalogue.pixels[:, 0, 0, 0].tolist() == list(range(35, 50))
+    assert found.held_out.pixels[:, 0, 0, 0].tolist() == list(range(100, 120))
+    assert found.catalogue.ids[0] == "cifar10-train-00035"
+    assert found.catalogue.labels.tolist() == [number % 10 for number in range(35, 50)]
+    with pytest.raises(ValueError, match="has not"):
+        data.of_cifar10(whole, 40, 11, 20)
 
 
 # --- the service ------------------------------------------------------------------------------------------------------
