@@ -260,7 +260,11 @@ class Conformance:
                     named = problem(answer)["field"]
                     assert named == "body" or named.startswith(str(path[0])), (path, value, answer.text)
 
-    @pytest.mark.parametrize("text", ["Infinity", "-Infinity", "1e999", "1" + "0" * 400, "NaN"])
+    @pytest.mark.parametrize(
+        "text",
+        ["Infinity", "-Infinity", "1e999", "1" + "0" * 400, "NaN"],
+        ids=["infinity", "minus infinity", "1e999", "400 digits", "NaN"],
+    )
     def test_numbers_without_an_end_are_refused(self, running: Running, text: str) -> None:
         numbers = [path for path in leaves(running.sample) if type(at(running.sample, path)) in (int, float)]
         if not numbers:

@@ -51,14 +51,14 @@ KINDS: Mapping[str, Entry] = {
     "forecast": Entry(),
     "image_search": Entry(),
     "lightgbm": Entry(classes=[0, 1], rows=Rows(named=True)),
+    "mlflow": Entry(classes=[0, 1]),
     "onnx": Entry(rows=Rows(named=False, missing=False, categories=False)),
     "ranker": Entry(),
     "sklearn": Entry(classes=["adelie", "chinstrap", "gentoo"], rows=Rows(named=True)),
     "tensorflow": Entry(),
     "text": Entry(classes=["ham", "spam"]),
-    "text": Entry(classes=["ham", "spam"]),
     "transformers": Entry(classes=["complaint", "question", "thanks"]),
-    "violation": Entry(),
+    "violation": Entry(classes=["animal", "violation"]),
     "xgboost": Entry(rows=Rows(named=True)),
 }
 
