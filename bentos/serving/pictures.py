@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+PICTURE = "picture"
+"""The field of a request."""
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 20 << 20
 _MAX_SCANNED = 2_000_000_000
@@ -54,7 +56,7 @@ _OTHER_FORMATS = (
 )
 
 
-def from_base64(text: Any, field: str = "picture") -> bytes:
+def from_base64(text: Any, field: str = PICTURE) -> bytes:
     """The bytes behind base64 text, which may be a data URL or broken into lines. Raises Problem `invalid_base64`."""
     if not isinstance(text, str):
         raise Problem("invalid_field", f"{field} is not text in base64", field=field, hint=f"{_SEND} in base64")
@@ -70,7 +72,7 @@ def from_base64(text: Any, field: str = "picture") -> bytes:
         raise Problem("invalid_base64", f"{field} is not base64: {error}", field=field, hint=hint) from error
 
 
-def given(fields: Mapping[str, Any], field: str = "picture") -> bytes:
+def given(fields: Mapping[str, Any], field: str = PICTURE) -> bytes:
     """The picture's bytes from the fields of an Upload, however it was sent. Raises Problem."""
     value = fields.get(field)
     if value is None:
@@ -79,7 +81,7 @@ def given(fields: Mapping[str, Any], field: str = "picture") -> bytes:
     return value if isinstance(value, bytes) else from_base64(value, field)
 
 
-def decode(data: bytes, field: str = "picture", least: int | None = None) -> Image.Image:
+def decode(data: bytes, field: str = PICTURE, least: int | None = None) -> Image.Image:
     """The picture as RGB, upright by its EXIF orientation, over white where it is transparent.
 
     JPEG, PNG and WebP are told by their content. Grey, palette, CMYK and 16-bit pictures become what they look like.
@@ -131,7 +133,7 @@ def array(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
     return np.asarray(image, dtype=np.uint8)
 
 
-def read(data: bytes, height: int, width: int, field: str = "picture") -> NDArray[np.uint8]:
+def read(data: bytes, height: int, width: int, field: str = PICTURE) -> NDArray[np.uint8]:
     """`array` of `decode`: [height, width, 3] from a file's bytes. Raises Problem."""
     return array(decode(data, field, least=3 * max(height, width)), height, width)
 

@@ -22,10 +22,10 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from bentos.serving.pictures import PICTURE as PICTURE
 from bentos.serving.problems import Problem
 
 MAX_BODY = 64 << 20
-PICTURE = "picture"
 _MAX_FIELDS = 20
 _MAX_FIELD = 40 << 20
 """Bytes of a text field: base64 of the largest picture fits."""
