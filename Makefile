@@ -9,6 +9,7 @@ WORKERS ?= 2
 PLATFORM ?= local
 OVERLAY ?= k8s/overlays/dev
 IMAGES ?=
+KINDS ?=
 LOCKS := $(wildcard bentos/*/requirements.in)
 
 .PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all conformance lint lock openapi train examples bench bench-build bench-upload bench-serve bench-models bench-cluster clean
@@ -76,9 +77,8 @@ lock: ## resolve every lock again (needs the package index)
 openapi: setup ## write docs/openapi.json
 	@$(BIN)/python -m scripts.generated --write
 
-train: setup ## train the ranker and the forecast
-	$(BIN)/python -m bentos.ranker.train
-	$(BIN)/python -m bentos.forecast.train
+train: setup ## train every task kind and print one table (KINDS="ranker forecast", ARGS="--small --register URL --gate")
+	@$(BIN)/python -m scripts.train $(KINDS) -- $(ARGS)
 
 examples: setup ## a small real model in each kind's folder, for `bentoml serve` there
 	@for kind in $(patsubst bentos/%/example.py,%,$(wildcard bentos/*/example.py)); do $(BIN)/python -m bentos.$$kind.example bentos/$$kind/model; done

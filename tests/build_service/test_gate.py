@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def retrain(home: Home, folder: Path, rounds: int) -> str:
     """Train a ranker of so many trees, always on the same searches; what the command printed."""
-    few = ["--queries", "600", "--rounds", str(rounds), "--no-mlflow", "--quiet", "--out", str(folder / "model")]
+    few = ["--queries", "400", "--rounds", str(rounds), "--no-mlflow", "--quiet", "--out", str(folder / "model")]
     done = subprocess.run(
         [sys.executable, "-m", "bentos.ranker.train", *few, "--register", home.url, "--gate"],
         capture_output=True, text=True, check=False, cwd=ROOT,
@@ -31,6 +31,7 @@ def of(home: Home, number: int) -> tuple[str, dict[str, str]]:
     return version["state"], {key: value for key, value in version["labels"].items() if key.startswith("gate.")}
 
 
+@pytest.mark.timeout(900)  # four trainings and four rollouts, on however busy a machine
 def test_a_worse_model_is_held_back_and_an_equal_one_is_released(server: Home, tmp_path: Path) -> None:
     retrain(server, tmp_path, 30)
     state, first = of(server, 1)
@@ -59,15 +60,50 @@ def test_a_worse_model_is_held_back_and_an_equal_one_is_released(server: Home, t
     deployed = server.settled("ranker")
     assert (deployed["target"]["version"], deployed["replicas"]) == (3, 2)  # the deployment's settings stay
 
-    before = server.get("/models/ranker")["items"]
+    def kept() -> list[Any]:
+        return [(each["version"], each["digest"], each["labels"]) for each in server.get("/models/ranker")["items"]]
+
+    before = kept()
     retrain(server, tmp_path, 31)  # nothing is new, so nothing changes
-    assert server.get("/models/ranker")["items"] == before
+    assert kept() == before
+    assert server.get("/deployments/ranker")["revision"] == deployed["revision"]
 
     shown = subprocess.run(
         [sys.executable, "-m", "ekiben", "models", "ranker:2", "--json", "--url", server.url],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert json.loads(shown)["labels"]["gate.decision"] == "held back"
+
+
+@pytest.mark.timeout(900)
+def test_forecasts_as_they_are_made_day_by_day(server: Home, tmp_path: Path) -> None:
+    """Sales come in, a model is trained on them and released, makes forecasts, and these meet what came."""
+    where = ["--database", f"sqlite:///{tmp_path / 'sales.db'}", "--quiet"]
+
+    def job(*arguments: str, module: str = "bentos.forecast.batch") -> str:
+        command = [sys.executable, "-m", module, *arguments, *where]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr + server.log()
+        return done.stdout
+
+    def retrained() -> str:
+        few = ["--days", "500", "--horizon", "14", "--rounds", "40", "--no-mlflow", "--out", str(tmp_path / "model")]
+        return job(*few, "--register", server.url, "--gate", "--only-new", module="bentos.forecast.train")
+
+    job("register", "--simulate", "420", "--stores", "1")
+    assert "forecast version 1 is live" in retrained()
+    assert "no new sales" in retrained()
+    assert len(server.get("/models/forecast")["items"]) == 1
+    by_file = job("predict", "--live", server.url)
+    assert "forecast/1: 8 series forecast, 0 were there" in by_file
+    by_endpoint = job("predict", "--url", f"{server.url}/inference/forecast")  # the same model: nothing is left to do
+    assert "forecast/1: 0 series forecast, 8 were there" in by_endpoint
+
+    job("register", "--simulate", "7", "--stores", "1")
+    assert job("evaluate").splitlines()[1].split()[:3] == ["forecast/1,", "2023-02-26", "56/56"]
+    assert "version 2" in retrained()  # there are new sales
+    assert "forecast/" in job("predict", "--url", f"{server.url}/inference/forecast")
+    assert "8 were there" in job("predict", "--live", server.url)
 
 
 def test_a_gate_needs_a_service_to_ask(tmp_path: Path) -> None:

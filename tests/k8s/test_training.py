@@ -139,7 +139,7 @@ def test_the_programs_know_their_options(jobs: dict[str, dict[str, Any]], text: 
 
 # --- the image -------------------------------------------------------------------------------------------------------
 
-_PACKAGE_OF = {"PIL": "pillow", "mlflow": "mlflow-skinny", "tensorflow": "tensorflow-cpu"}
+_PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "mlflow": "mlflow-skinny", "tensorflow": "tensorflow-cpu"}
 _KINDS = ("ranker", "forecast", "violation", "image_search", "training")
 _NOT_TRAINED_HERE = {
     "statsmodels",  # real series, which --database leaves out
