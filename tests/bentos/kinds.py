@@ -51,7 +51,7 @@ KINDS: Mapping[str, Entry] = {
     "forecast": Entry(),
     "image_search": Entry(),
     "lightgbm": Entry(classes=[0, 1], rows=Rows(named=True)),
-    "mlflow": Entry(classes=[0, 1]),
+    "mlflow": Entry(classes=[0, 1], rows=Rows(named=True)),
     "onnx": Entry(rows=Rows(named=False, missing=False, categories=False)),
     "ranker": Entry(),
     "sklearn": Entry(classes=["adelie", "chinstrap", "gentoo"], rows=Rows(named=True)),
