@@ -12,7 +12,7 @@ import decimal
 import importlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ekiben._errors import ExportError
@@ -56,6 +56,20 @@ def rows(data: Any) -> list[Any]:
         field="sample",
         hint="pass a pandas DataFrame, a NumPy array or a list of rows",
     )
+
+
+def records(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of arrays by name, as a model with several inputs takes them.
+
+    Raises ExportError where they have different numbers of rows.
+    """
+    listed = {str(name): rows(values) for name, values in columns.items()}
+    if len({len(values) for values in listed.values()}) > 1:
+        counts = ", ".join(f"{name}: {len(values)}" for name, values in listed.items())
+        raise ExportError(
+            f"the arrays of the sample have different numbers of rows ({counts})", code="bad_sample", field="sample"
+        )
+    return [dict(zip(listed, each, strict=True)) for each in zip(*listed.values(), strict=True)]
 
 
 def is_frame(data: Any) -> bool:

@@ -6,6 +6,7 @@ gives the same; a difference keeps the version from going live.
     LightGBM   Booster, LGBMModel        → text       model.txt     outputs of Booster.predict
     XGBoost    Booster, XGBModel         → JSON       model.json    outputs of Booster.predict at the best iteration
     sklearn    estimator, pipeline       → skops      model.skops   outputs of predict_proba, else of predict
+    Keras      Sequential, Model         → Keras v3   model.keras   outputs of the model, called
     ONNX       ModelProto                → protobuf   model.onnx    outputs of ONNX Runtime, where it is installed
     torch      nn.Module                 → ONNX       model/        outputs of the module itself
     transformers  pipeline, model, SentenceTransformer → a folder of safetensors or ONNX; scores or embeddings
@@ -20,12 +21,13 @@ from typing import Any
 
 from ekiben import _sample
 from ekiben._errors import ExportError
-from ekiben._export import lightgbm, onnx, sklearn, torch, transformers, xgboost
+from ekiben._export import keras, lightgbm, onnx, sklearn, torch, transformers, xgboost
 from ekiben._export.written import Written
 
 Writer = Callable[[Any, Path, Any], Written]
 
 _WRITERS: Mapping[tuple[str, str], Writer] = {
+    ("keras", "Model"): keras.write,
     ("lightgbm", "Booster"): lightgbm.write,
     ("lightgbm", "LGBMModel"): lightgbm.write,
     ("xgboost", "Booster"): xgboost.write,
@@ -51,7 +53,7 @@ class Exported:
 
 
 def export(model: Any, folder: Path, sample: Any = None) -> Exported:
-    """Write `model` into `folder` and predict `sample` (a frame, an array or rows) with it.
+    """Write `model` into `folder` and predict `sample` (a frame, an array, rows, or arrays by input name) with it.
 
     Raises ExportError for a model that is not of the table above, is not fitted, or whose sample it cannot predict.
     """
@@ -63,6 +65,8 @@ def export(model: Any, folder: Path, sample: Any = None) -> Exported:
             field="model",
             hint="save it as ONNX, or push a project around it: ekiben init --from FILE",
         )
+    if isinstance(sample, Mapping) and "inputs" not in sample:
+        sample = _sample.records(sample)
     body = None if sample is None else _sample.body(sample)
     if body is not None and not body.get("inputs"):
         raise ExportError(
