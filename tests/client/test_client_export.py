@@ -120,6 +120,24 @@ def test_onnx_is_written_as_it_is(tmp_path: Path) -> None:
     assert framed.sample == exported.sample, "a frame for one tensor has its rows there"
 
 
+def test_onnx_with_an_output_of_one_column_is_expected_as_it_is_served(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    from bentos.formats.onnx import Model
+    from bentos.serving import write_model
+
+    weights = helper.make_tensor("w", TensorProto.FLOAT, [2, 1], [1.0, 2.0])
+    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, size]) for n, size in (("x", 2), ("y", 1))]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", infos[:1], infos[1:], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    exported = export(model, tmp_path, [[1.0, 2.0], [3.0, 4.0]])
+    files = {"model.onnx": exported.files[0]}
+    served = Model(write_model(tmp_path / "m", kind="onnx", format="onnx", files=files))
+    assert exported.sample is not None
+    assert exported.expected == {"outputs": served.outputs(exported.sample["inputs"])}
+
+
 def test_without_a_sample_nothing_is_predicted(table: Any, tmp_path: Path) -> None:
     frame, target = table
     model = lightgbm.LGBMRegressor(n_estimators=2, verbose=-1).fit(frame, target)

@@ -66,11 +66,4 @@ def _onnx_outputs(file: Path, rows: list[Any]) -> list[Any] | None:
 
 def _listed(answer: Any) -> list[Any]:
     values = list(answer) if isinstance(answer, list) else answer.tolist()
-    return [
-        {str(key): item for key, item in value.items()}
-        if isinstance(value, dict)
-        else value[0]
-        if isinstance(value, list) and len(value) == 1
-        else value
-        for value in values
-    ]
+    return [{str(key): item for key, item in value.items()} if isinstance(value, dict) else value for value in values]
