@@ -36,7 +36,7 @@ from bentos.forecast.data import Panel, Series
 from bentos.forecast.features import DAILY, MONTHLY, NAMES, WEEKLY, Cadence, Plan
 from bentos.forecast.forecasting import LEAST_DAYS, Forecaster
 from bentos.serving.model import ModelFolder
-from bentos.training import command
+from bentos.training import command, plots
 from bentos.training.gate import Gate
 from bentos.training.outcome import Outcome, Progress, table
 
@@ -398,6 +398,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is not installed; install it, or leave the real series out with --real none")
     print(shown)
+    if not options.no_mlflow:
+        names = {"seasonal naive": "wape_seasonal_naive", "model": "wape", "the true mean": "wape_true_mean"}
+        known = {name: outcome.metrics[metric] for name, metric in names.items() if metric in outcome.metrics}
+        picture = plots.bars(known, "WAPE, test windows (less is better)", "model")
+        outcome = replace(outcome, plots={"wape.png": picture})
     gate = Gate(*GATE, TOLERANCE, lambda folder: evaluate(folder, settings))
     return command.finish(outcome, options, progress, gate)
 

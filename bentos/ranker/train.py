@@ -16,7 +16,7 @@ as labels are rare and never negative.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ from bentos.ranker.features import Columns, Search, matrix
 from bentos.ranker.ndcg import mean_ndcg
 from bentos.ranker.ranking import Ranker
 from bentos.serving.model import ModelFolder
-from bentos.training import command
+from bentos.training import command, plots
 from bentos.training.gate import Gate
 from bentos.training.outcome import Outcome, Progress, table
 
 Floats = NDArray[np.float64]
 VARIANTS = ("lambdamart", "regression")
+_WORDS = {"lambdamart": "LambdaMART, debiased clicks", "regression": "regression, debiased clicks"}
 FLOOR = 0.05
 """Least examination: no click weighs more than 20."""
 GATE = ("ndcg_10", "higher")
@@ -240,18 +241,23 @@ def evaluate(folder: ModelFolder, settings: Settings) -> dict[str, float]:
     return measure(prepared, ranker.booster, settings)
 
 
+def orders(metrics: Mapping[str, float], settings: Settings) -> dict[str, float]:
+    """NDCG@10 by what made the order, in words."""
+    return {
+        "random order": metrics["ndcg_10_random"],
+        "by popularity (likes)": metrics["ndcg_10_popularity"],
+        "by similarity alone": metrics["ndcg_10_similarity"],
+        f"{settings.variant} on raw clicks (biased)": metrics["ndcg_10_biased_clicks"],
+        _WORDS["lambdamart"]: metrics["ndcg_10_lambdamart"],
+        _WORDS["regression"]: metrics["ndcg_10_regression"],
+        "LambdaMART told the true grades": metrics["ndcg_10_told_the_grades"],
+        "the true relevance function": metrics["ndcg_10_oracle"],
+    }
+
+
 def report(metrics: dict[str, float], settings: Settings, searches: int) -> str:
     """The table of a training."""
-    rows: list[list[str | float]] = [
-        ["random order", metrics["ndcg_10_random"]],
-        ["by popularity (likes)", metrics["ndcg_10_popularity"]],
-        ["by similarity alone", metrics["ndcg_10_similarity"]],
-        [f"{settings.variant} on raw clicks (biased)", metrics["ndcg_10_biased_clicks"]],
-        ["LambdaMART, debiased clicks", metrics["ndcg_10_lambdamart"]],
-        ["regression, debiased clicks", metrics["ndcg_10_regression"]],
-        ["LambdaMART told the true grades", metrics["ndcg_10_told_the_grades"]],
-        ["the true relevance function", metrics["ndcg_10_oracle"]],
-    ]
+    rows: list[list[str | float]] = [[name, value] for name, value in orders(metrics, settings).items()]
     return (
         table([f"order ({searches} held-out searches, unseen phrases)", "NDCG@10"], rows)
         + f"\n\nrank correlation of the {settings.variant} scores with the true utility, mean over searches: "
@@ -288,6 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = Progress.start(options.quiet)
     outcome, shown = train(settings, progress)
     print(shown)
+    if not options.no_mlflow:
+        picture = plots.bars(orders(outcome.metrics, settings), "NDCG@10, held-out searches", _WORDS[settings.variant])
+        outcome = replace(outcome, plots={"ndcg_10.png": picture})
     gate = Gate(*GATE, TOLERANCE, lambda folder: evaluate(folder, settings))
     return command.finish(outcome, options, progress, gate)
 

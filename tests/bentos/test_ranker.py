@@ -295,6 +295,7 @@ def test_the_command_trains_writes_logs_and_says_what_to_do_next(
     assert run.data.params["variant"] == "lambdamart"
     assert run.data.metrics["ndcg_10"] > run.data.metrics["ndcg_10_random"]
     assert run.data.tags["ekiben.digest"] == folder.digest
+    assert [each.path for each in runs.list_artifacts(run.info.run_id, "plots")] == ["plots/ndcg_10.png"]
     assert run.inputs.dataset_inputs[0].dataset.digest
     got = runs.download_artifacts(run.info.run_id, "model/files/ranker.txt", str(tmp_path))
     assert Path(got).read_bytes() == folder.path().read_bytes()
