@@ -46,7 +46,7 @@ Ints = NDArray[np.int64]
 TEST_WINDOWS = 4
 GATE = ("wape", "lower")
 TOLERANCE = 0.002
-"""Share of the sales by which the error may grow: between two seeds it moves by about as much."""
+"""Share of the sales by which the error may be larger than the live model's before a new one is held back."""
 _PLANNED = ("holiday", "holiday_next", "discount", "paid_ratio", "temperature", "temperature_change")
 _WEATHER = ("temperature", "temperature_change")
 _PAST = ("paid_ratio", "discount_recent", "temperature_recent", "temperature_change")

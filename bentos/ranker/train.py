@@ -41,7 +41,7 @@ FLOOR = 0.05
 """Least examination: no click weighs more than 20."""
 GATE = ("ndcg_10", "higher")
 TOLERANCE = 0.005
-"""NDCG that a new model may lose: between two seeds of the small training it moves by about as much."""
+"""NDCG that a new model may lose beside the live one before it is held back."""
 
 
 @dataclass(frozen=True)

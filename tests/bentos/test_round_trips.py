@@ -28,7 +28,7 @@ KINDS = sorted(
     for path in (ROOT / "bentos").glob("*/train.py")
     if "\ndef evaluate(folder: ModelFolder," in path.read_text()
 )
-pytestmark = pytest.mark.slow  # MLflow takes its time to be imported
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # MLflow and TensorFlow take their time to be imported
 
 
 @dataclass(frozen=True)
