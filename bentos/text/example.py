@@ -12,7 +12,7 @@ from bentos.training.outcome import Progress
 
 def write(root: Path, seed: int = 7) -> ModelFolder:
     """Fits a head on few invented messages and writes a model folder."""
-    outcome, _ = train(Settings(seed=seed, invented=(200, 100)), Progress.start(quiet=True))
+    outcome, _ = train(Settings(seed=seed, draws=0, invented=(200, 100)), Progress.start(quiet=True))
     return outcome.write(root)
 
 
