@@ -34,6 +34,7 @@ _FIELDS = frozenset(
         "memory",
     }
 )
+_OPTIONAL = frozenset({"image"})
 # what does not change how a kind serves: caches, training output, scheduled work, prose
 _IGNORED_FOLDERS = frozenset(
     {"__pycache__", "model", "batch", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".git", ".venv"}
@@ -43,7 +44,10 @@ _IGNORED_FILES = re.compile(r"(?i)readme(\..*)?|.*\.py[co]|\..*|.*~|.*\.sw[po]")
 
 @dataclass(frozen=True)
 class Kind:
-    """How to serve one sort of model. `dir` is its folder, `memory` a Kubernetes quantity, `predict` a route."""
+    """How to serve one sort of model. `dir` is its folder, `memory` a Kubernetes quantity, `predict` a route.
+
+    `image` is a budget: how much the locked packages may take, unpacked, on the platform of the images.
+    """
 
     name: str
     title: str
@@ -57,6 +61,7 @@ class Kind:
     predict: str
     memory: str
     dir: Path
+    image: str | None = None
 
     def package_dirs(self) -> dict[str, Path]:
         """Folder of each package it names: `bentos.serving` is the sibling folder `serving`."""
@@ -136,7 +141,7 @@ def _read(folder: Path) -> Kind:
         body = tomllib.loads((folder / "kind.toml").read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _error(folder, f"it is not TOML ({error})") from error
-    odd = set(body).symmetric_difference(_FIELDS)
+    odd = (set(body) - _OPTIONAL).symmetric_difference(_FIELDS)
     if odd:
         _bad(folder, f"its fields are not those of docs/design.md §5: {', '.join(sorted(odd))}")
     for key in ("name", "title", "description", "service", "python", "device", "predict", "memory"):
@@ -148,8 +153,9 @@ def _read(folder: Path) -> Kind:
             _bad(folder, f"{key} is no list of texts")
     if not isinstance(body["generic"], bool):
         _bad(folder, "generic is neither true nor false")
-    for key, pattern in (("name", _NAME), ("service", _SERVICE), ("memory", _MEMORY), ("predict", _PATH)):
-        if pattern.fullmatch(body[key]) is None:
+    patterns = {"name": _NAME, "service": _SERVICE, "memory": _MEMORY, "predict": _PATH, "image": _MEMORY}
+    for key, pattern in patterns.items():
+        if key in body and (not isinstance(body[key], str) or pattern.fullmatch(body[key]) is None):
             _bad(folder, f"{key} = {body[key]!r} is not as it should be")
     if body["name"] != folder.name:
         _bad(folder, f"its name is {body['name']!r}, its folder is {folder.name!r}")
@@ -164,6 +170,7 @@ def _read(folder: Path) -> Kind:
         formats=tuple(body["formats"]),
         packages=tuple(sorted(set(body["packages"]))),
         dir=folder,
+        image=body.get("image"),
     )
 
 
