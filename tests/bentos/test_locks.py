@@ -1,4 +1,4 @@
-"""What the locks of kinds may hold: nothing of CUDA for a CPU, one lock for TensorFlow, and no more than was planned."""
+"""What the locks of kinds may hold: nothing of CUDA for a CPU, one lock for TensorFlow, no more than was planned."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ import pytest
 from ekiben import UsageError, __version__, _config, _documents, _output, _server
 
 COMMANDS = (
-    "up", "down", "doctor", "version", "push", "predict", "status", "models", "builds", "logs", "kinds", "open", 
-    "deploy", "rollback", "rm", "init", "image", "containerize", "login", "base import", "base list", "token create", 
-    "token list", "token revoke",
+    "up", "down", "doctor", "version", "push", "predict", "status", "models", "builds", "logs", "kinds", "open",
+    "deploy", "rollback", "rm", "init", "image", "images", "containerize", "login", "base import", "base list",
+    "token create", "token list", "token revoke",
 )  # fmt: skip
 
 
@@ -248,6 +248,34 @@ def test_doctor_asks_the_index_that_uv_is_set_up_for(clean: dict[str, str], tmp_
     assert found["level"] == "warning"
     assert found["message"].startswith("as uv is set up, gives no packages: ")
     assert "UV_DEFAULT_INDEX" in found["remedy"]
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_images_has_the_bytes_of_each_layer() -> None:
+    from ekiben._commands.images import by_layer, made
+
+    def build(version: int, digest: str, **more: Any) -> dict[str, Any]:
+        layers = [
+            {"name": "base", "digest": "sha256:1", "size": 20_000_000, "reused": True},
+            {"name": "base", "digest": "sha256:2", "size": 10_000_000, "reused": True},
+            {"name": "deps", "digest": "sha256:3", "size": 80_000_000, "reused": version > 1},
+            {"name": "model", "digest": f"sha256:m{version}", "size": 1500, "reused": False},
+        ]
+        image = {"ref": f"shop:churn-{version}", "digest": digest, "size": 0, "layers": layers}
+        return {"model": "churn", "version": version, "state": "succeeded", "image": image, **more}
+
+    listed = [build(2, "sha256:b"), build(2, "sha256:b"), build(1, "sha256:a"), build(3, "sha256:c", state="failed"),
+              build(4, "sha256:d", image=None)]  # fmt: skip
+    found = made(listed)
+    assert [each["version"] for each in found] == [2, 1]
+    assert by_layer(found) == [
+        {"model": "churn", "version": "2", "image": "shop:churn-2", "base": "30.0 MB", "deps": "80.0 MB",
+         "model layer": "1.5 kB", "total": "110.0 MB", "new": "1.5 kB"},
+        {"model": "churn", "version": "1", "image": "shop:churn-1", "base": "30.0 MB", "deps": "80.0 MB",
+         "model layer": "1.5 kB", "total": "110.0 MB", "new": "80.0 MB"},
+    ]  # fmt: skip
 
 
 # --- configuration -----------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""image, containerize, base: container images"""
+"""image, images, containerize, base: container images"""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +12,14 @@ import typer
 
 from ekiben._commands import Commands, Json, Url, named, session
 from ekiben._errors import EkibenError, StillWorking, UsageError
+from ekiben._output import size
 
 _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 def add(app: typer.Typer) -> None:
     app.command()(image)
+    app.command()(images)
     app.command(context_settings=_PASSED_ON)(containerize)
     base = typer.Typer(
         cls=Commands,
@@ -106,6 +109,57 @@ def image(
                     str(part) for part in (made.get("ref") or push or wanted["output"], made.get("digest")) if part
                 )
             )
+
+
+def images(
+    ctx: typer.Context,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Show the images that were made, with the size of each layer.
+
+    \b
+    ekiben images
+
+    Sizes are as stored, compressed. Models of one kind share the layers deps and code, all of them the base: `new` is
+    what an image added to what was there.
+    """
+    with session(ctx, url, as_json) as (client, out):
+        found = made(client.builds())
+        if out.as_json:
+            out.value({"items": found})
+            return
+        out.table(by_layer(found), IMAGE_COLUMNS, "there are no images yet: ekiben image NAME --push REF")
+
+
+IMAGE_COLUMNS = ("model", "version", "image", "base", "deps", "code", "model layer", "total", "new")
+
+
+def made(builds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The newest build of each image, newest first as the builds are: model, version, and the image with its layers."""
+    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for build in builds:
+        image = build.get("image")
+        if build["state"] == "succeeded" and image and image.get("layers"):
+            key = (build["model"], build["version"], image.get("digest"))
+            newest.setdefault(key, {"model": build["model"], "version": build["version"], "image": image})
+    return list(newest.values())
+
+
+def by_layer(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A row for each image: the bytes of its layers by name, of all, and of those that were not there before."""
+    rows = []
+    for each in found:
+        sizes: dict[str, int] = {}
+        new = 0
+        for layer in each["image"]["layers"]:
+            sizes[layer["name"]] = sizes.get(layer["name"], 0) + layer["size"]
+            new += 0 if layer.get("reused") else layer["size"]
+        row = {"model layer" if name == "model" else name: size(count) for name, count in sizes.items()}
+        named = each["image"].get("ref") or str(each["image"].get("digest", ""))[:19]
+        row |= {"model": str(each["model"]), "version": str(each["version"]), "image": str(named)}
+        rows.append(row | {"total": size(sum(sizes.values())), "new": size(new)})
+    return rows
 
 
 def containerize(
