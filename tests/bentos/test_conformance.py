@@ -26,6 +26,8 @@ from tests.bentos import kinds
 from tests.bentos.conformance import Conformance, Running, problem
 
 BODY_LIMIT = 1 << 20
+pytestmark = pytest.mark.timeout(600)  # a framework's import, twice, where other tests take the processors
+
 PAIRS = kinds.pairs(["process", "bentoml", "wrapper"], always=["process", "bentoml"])
 
 
@@ -122,7 +124,7 @@ def _process(
 
 
 def _wait(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(2400):
+    for _ in range(6000):
         if process.poll() is not None:
             break
         try:

@@ -16,6 +16,8 @@ Home = Any  # tests/build_service/conftest.py, which tests cannot import
 PATIENCE = 600
 """Seconds; the first model of a framework has it installed."""
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module", params=kinds.pairs(["local"]))
 def running(request: pytest.FixtureRequest, server: Home, run_folder: Path) -> Iterator[Running]:
