@@ -6,8 +6,11 @@ import base64
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import bentoml
@@ -257,6 +260,50 @@ def test_a_bomb_is_refused_by_its_header(name: str) -> None:
 def test_the_largest_picture_is_read() -> None:
     data = png(10_000, 5_000, 1, 0, (b"\0" + b"\xff" * 1250) * 5_000)
     assert pictures.read(data, 8, 8).min() >= 254
+
+
+_PEAK = """
+import resource, sys
+from bentos.serving import pictures
+import numpy, PIL.Image
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    with open(path, "rb") as stream:
+        assert pictures.read(stream.read(), 32, 32).max() == 0, path
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the size is given in other units")
+def test_the_largest_pictures_do_not_take_the_memory_of_a_pod(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    row = b"\0" + (b"\0" * 6 + b"\xff\xff") * 10_000
+    files = {
+        "rgba16.png": png(10_000, 5_000, 16, 6, row * 5_000),
+        "grey16.png": png(10_000, 5_000, 16, 0, (b"\0" + bytes(20_000)) * 5_000),
+        "turned.png": saved(Image.new("P", (10_000, 5_000)), exif=exif),
+        "scans.jpg": saved(Image.new("RGB", (10_000, 5_000)), "JPEG", progressive=True, subsampling=0, exif=exif),
+        "canvas.webp": saved(Image.new("RGB", (6_000, 4_000)), "WEBP", method=0, exif=exif),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    command = [sys.executable, "-c", _PEAK, *(str(tmp_path / name) for name in files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 450  # MB
+
+
+def test_pictures_read_small_look_as_they_do_in_full() -> None:
+    image = scene(1000, 700).convert("RGBA")
+    image.paste((0, 0, 0, 0), (400, 250, 600, 450))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for options in ({}, {"exif": exif}):
+        for each in (image, image.convert("LA"), image.convert("RGB").quantize(16), image.convert("L")):
+            data = saved(each, "PNG", **options)
+            full = pictures.array(pictures.decode(data), 20, 30)
+            assert near(pictures.read(data, 20, 30), full, 12)
 
 
 def test_a_jpeg_of_endless_scans_is_refused() -> None:
