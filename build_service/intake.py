@@ -304,6 +304,8 @@ class Intake:
         name = self._name()
         self._expand_archive()
         recognised = self._recognise()
+        if recognised.needs:
+            formats.check_needs(recognised, self._text("requirements"))
         kind = formats.choose_kind(recognised, self._kinds, self._text("kind"))
         if kind == PROJECT and not allow_code:
             raise UserError(

@@ -26,10 +26,11 @@ from registry.formats import (
     transformers,
     xgboost,
 )
+from registry.formats.transformers import check_needs
 from registry.formats.upload import OpenFile, Recognised, Upload, read_up_to, shown
 from registry.kinds import Kinds
 
-__all__ = ["FORMATS", "OpenFile", "Recognised", "Upload", "choose_kind", "recognise"]
+__all__ = ["FORMATS", "OpenFile", "Recognised", "Upload", "check_needs", "choose_kind", "recognise"]
 
 FORMATS: Mapping[str, str] = {
     lightgbm.FORMAT: "LightGBM text (booster.save_model)",

@@ -7,6 +7,7 @@ the weights must be there, whole, and hold the tensors that the index says.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -19,6 +20,9 @@ ONNX = "transformers-onnx"
 SAFETENSORS = "transformers-safetensors"
 _SAVE = "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
 _EXPORT = "export it to ONNX: ekiben.push(pipeline, …) where torch is, or `optimum-cli export onnx`"
+WITHOUT_TORCH = ("bert", "camembert", "distilbert", "roberta", "xlm-roberta")
+"""`model_type` of what is run from safetensors without torch; bentos/serving/encoders.py has the same."""
+
 _LARGEST_CONFIG = 4 << 20
 _LARGEST_TOKENIZER = 64 << 20
 _LARGEST_INDEX = 32 << 20
@@ -32,7 +36,7 @@ _OTHERS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"
 def recognise(upload: Upload) -> Recognised | None:
     """The text model in an upload, None if there is no config.json of one. UserError where it cannot be served:
     `transformers_code`, `transformers_task`, `transformers_no_tokenizer`, `transformers_adapter`, `pickle_refused`,
-    `several_models`, `truncated_model`, `invalid_model`."""
+    `several_models`, `truncated_model`, `invalid_model`; `check_needs` has one more."""
     found = _config(upload)
     if found is None:
         return None
@@ -66,13 +70,29 @@ def recognise(upload: Upload) -> Recognised | None:
         return _onnx(upload, networks, what, bool(tensors))
     if tensors or f"{root}{_INDEX}" in upload.sizes:
         count = _weights(upload, root, tensors)
-        return Recognised(SAFETENSORS, root, notes=(f"A {what} model of {count} tensors, with its tokenizer.",))
+        needs = () if config.get("model_type") in WITHOUT_TORCH else ("torch", "transformers")
+        note = f"A {what} model of {count} tensors, with its tokenizer."
+        return Recognised(SAFETENSORS, root, notes=(note,), needs=needs)
     raise UserError(
         "transformers_no_weights",
         f"There is a config.json and a tokenizer.json, and neither an .onnx nor a .safetensors file: {shown(root)}",
         field="file",
         hint=f"Save the model with {_SAVE}, or {_EXPORT}.",
     )
+
+
+def check_needs(found: Recognised, requirements: str | None) -> None:
+    """UserError `transformers_needs_torch` where the version's requirements do not bring what its weights need."""
+    missing = [name for name in found.needs if not re.search(rf"(?im)(?:^|[\"'])\s*{name}\b", requirements or "")]
+    if missing:
+        raise UserError(
+            "transformers_needs_torch",
+            f"These weights are read by {' and '.join(found.needs)}, which the kind does not bring"
+            + (f"; the requirements do not name {' and '.join(missing)}." if requirements else "."),
+            field="requirements" if requirements else "file",
+            hint=f"{_EXPORT[0].upper()}{_EXPORT[1:]}. Or send requirements.txt with torch and transformers along "
+            "(from the common index, torch brings gigabytes of CUDA on Linux).",
+        )
 
 
 def _config(upload: Upload) -> tuple[str, dict[str, Any]] | None:

@@ -18,7 +18,8 @@ class Recognised:
     """What an upload is.
 
     `path` is the file that holds the model ("" where the folder as a whole does), `kind` is set only where the format
-    settles it (`project`), `notes` are plain sentences for the user, `example` is a request's body that came with it.
+    settles it (`project`), `notes` are plain sentences for the user, `example` is a request's body that came with it,
+    `needs` are packages that its kind has not: the version's own requirements must name them.
     """
 
     format: str
@@ -27,6 +28,7 @@ class Recognised:
     signature: Signature | None = None
     notes: tuple[str, ...] = field(default=())
     example: Any = None
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

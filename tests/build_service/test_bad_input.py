@@ -15,8 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 
 Home = Any  # tests/build_service/conftest.py, which tests cannot import
 Model = Callable[..., bytes]
@@ -64,6 +66,13 @@ def nothing_left(server: Home) -> None:
         assert server.rows(f"SELECT * FROM {table}") == [], table
 
 
+def hugging_face(weights: str, content: bytes) -> bytes:
+    config = json.dumps({"model_type": "deberta-v2", "architectures": ["DebertaV2Model"]}).encode()
+    tokenizer = json.dumps({"model": {"type": "WordLevel", "vocab": {}, "unk_token": "?"}}).encode()
+    return zipped(("config.json", config), ("tokenizer.json", tokenizer), (weights, content))
+
+
+TENSOR = safetensors.numpy.save({"weight": np.ones(3, np.float32)})
 TEXT = b"any text, but no model\n" * 20
 PICKLE = pickle.dumps({"a": [1, 2, 3]})
 
@@ -73,6 +82,9 @@ CONTENTS: dict[str, tuple[bytes, str, dict[str, Any], str]] = {
     "kind that does not fit": (b"MODEL", "m.txt", {"kind": "xgboost"}, "kind_does_not_fit"),
     "bad name": (b"MODEL", "m.txt", {"name": "Not A Name"}, "bad_name"),
     "reserved name": (b"MODEL", "m.txt", {"name": "predict"}, "reserved_name"),
+    "weights that need torch": (hugging_face("model.safetensors", TENSOR), "m.zip", {}, "transformers_needs_torch"),
+    "weights that end early": (hugging_face("model.safetensors", TENSOR[:-1]), "m.zip", {}, "truncated_model"),
+    "pickled weights": (hugging_face("pytorch_model.bin", PICKLE), "m.zip", {}, "pickle_refused"),
     "empty file": (b"", "m.txt", {}, "empty_file"),
     "pickle": (PICKLE, "model.txt", {}, "pickle_refused"),
     "zip of a pickle": (zipped(("model.pkl", PICKLE)), "m.zip", {}, "pickle_refused"),

@@ -15,7 +15,8 @@ from safetensors.numpy import save
 
 from bentos.transformers.example import files as example_files
 from registry.errors import UserError
-from registry.formats import Recognised, choose_kind, recognise
+from registry.formats import Recognised, check_needs, choose_kind, recognise
+from registry.formats.transformers import WITHOUT_TORCH
 from registry.kinds import Kinds
 
 KINDS = Kinds.load(Path(__file__).parents[2] / "bentos")
@@ -143,3 +144,23 @@ def test_other_uploads_with_a_config_json_are_left_to_their_recognisers() -> Non
     network = example_files()["model.onnx"]
     assert see({"model.onnx": network, "config.json": json.dumps({"model_type": "vit"}).encode()}).format == "onnx"
     assert see({"model.onnx": network, "config.json": b'{"rate": 3}', "tokenizer.json": b"{}"}).format == "onnx"
+
+
+def test_weights_that_need_torch_are_refused_unless_the_requirements_bring_it() -> None:
+    config = json.dumps({"architectures": ["DebertaV2Model"], "model_type": "deberta-v2"}).encode()
+    found = see({**folder(), "config.json": config})
+    for given in (None, "", "numpy", "torchvision==0.2\ntransformers", "torch==2.9.1"):
+        with pytest.raises(UserError) as raised:
+            check_needs(found, given)
+        assert raised.value.code == "transformers_needs_torch"
+        assert "optimum-cli" in (raised.value.hint or "")
+        assert raised.value.field == ("requirements" if given else "file")
+    check_needs(found, "# ours\ntorch==2.9.1+cpu\nTransformers>=4.57")
+    check_needs(found, '[[package]]\nname = "torch"\n[[package]]\nname = "transformers"')
+    check_needs(see(folder()), None)
+
+
+def test_registry_and_kind_agree_which_families_need_no_torch() -> None:
+    from bentos.serving.encoders import FAMILIES
+
+    assert WITHOUT_TORCH == FAMILIES
