@@ -89,18 +89,23 @@ class Rows:
 
 
 def read(settings: Settings) -> Panel:
-    """The data of these settings. Raises ValueError where too few sales are registered."""
+    """The data of these settings. Raises ValueError where the database does not work or has too few sales."""
     if settings.database is None:
         return data.make(settings.stores, settings.days, settings.seed)
-    from bentos.forecast.batch import sales
-    from bentos.forecast.batch.tables import Database
+    from sqlalchemy.exc import SQLAlchemyError
 
-    database = Database(settings.database)
+    from bentos.forecast.batch import sales
+    from bentos.forecast.batch.tables import Database, trouble
+
     try:
-        database.migrate()
-        panel = sales.panel(database, settings.days)
-    finally:
-        database.close()
+        database = Database(settings.database)
+        try:
+            database.migrate()
+            panel = sales.panel(database, settings.days)
+        finally:
+            database.close()
+    except SQLAlchemyError as error:
+        raise ValueError(trouble(error)) from error
     least = TEST_WINDOWS * settings.horizon + 4 * LEAST_DAYS
     if panel.length < least:
         raise ValueError(

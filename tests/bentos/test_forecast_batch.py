@@ -204,7 +204,7 @@ def test_errors_are_those_of_the_days_that_came(database: Database, forecaster: 
 def test_the_commands_work_on_a_file_and_on_made_up_sales(
     url: str, model: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = ["--database", url, "--quiet"]
+    where = ["--database", url.replace("+psycopg", ""), "--quiet"]
     assert main(["register", "--simulate", "60", "--stores", "1", *where]) == 0
     assert main(["register", "--simulate", "7", "--stores", "1", *where]) == 0
     assert main(["predict", "--model", str(model.root), *where]) == 0
@@ -219,6 +219,26 @@ def test_the_commands_work_on_a_file_and_on_made_up_sales(
     file.write_text("date,store,item,sales\n2022-01-03,corner,tea,much\n")
     assert main(["register", "--csv", str(file), *where]) == 1
     assert "line 2.sales" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "database",
+    [
+        "nonsense",
+        "mysql://user:hunter2@nowhere/sales",
+        "postgresql://user:hunter2@127.0.0.1:9/sales",
+        "sqlite:////no/x",
+    ],
+)
+def test_a_database_that_does_not_work_is_told_without_its_password(
+    database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--database", database, "--quiet"]) == 1
+    where = ["--database", database, "--quiet", "--no-mlflow", "--out", str(tmp_path / "model")]
+    assert training.main(["--small", *where]) == 1
+    said = capsys.readouterr().err
+    assert said.count("the database does not work") == 2, said
+    assert "hunter2" not in said
 
 
 def test_a_training_on_registered_sales_is_evaluated_on_them(database: Database, url: str, tmp_path: Path) -> None:

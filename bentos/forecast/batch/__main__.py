@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from bentos.forecast.batch import forecasts, sales
-from bentos.forecast.batch.tables import Database
+from bentos.forecast.batch.tables import Database, trouble
 from bentos.serving.problems import Problem, StartError
 from bentos.training.outcome import Progress, table
 from bentos.training.registration import RegistrationError
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except SQLAlchemyError as error:
-        print(f"the database does not work: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(trouble(error), file=sys.stderr)
         return 1
     return 0
 

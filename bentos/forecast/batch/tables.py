@@ -6,6 +6,7 @@ anything else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,17 +27,20 @@ from sqlalchemy import (
     event,
     func,
     inspect,
+    make_url,
     or_,
     select,
     table,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.sql import column
 
 HEAD = "0001"
 """The newest step of `migrations`."""
 VERSION_TABLE = "forecast_schema_version"
 _LOCK = 0x666F7265  # "fore": PostgreSQL's advisory lock of migrations
+_PLAIN = re.compile(r"^postgres(ql)?://")
 _BUSY_MS = 20_000  # for another writer of an SQLite file
 
 metadata = MetaData()
@@ -92,7 +96,10 @@ class Database:
     """One engine. `write()` is a transaction; the tables are there once `migrate()` has been called."""
 
     def __init__(self, url: str) -> None:
-        self.engine: Engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        known = make_url(_PLAIN.sub("postgresql+psycopg://", url))  # the driver that is installed
+        if known.get_backend_name() not in ("sqlite", "postgresql"):
+            raise ArgumentError(f"{known.get_backend_name()} is neither sqlite nor postgresql")
+        self.engine: Engine = create_engine(known, pool_pre_ping=known.get_backend_name() != "sqlite")
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _prepare)
             event.listen(self.engine, "begin", _begin)
@@ -149,6 +156,11 @@ def upsert(
     statement = statement.on_conflict_do_update(index_elements=keys, set_={**wanted, stamp: func.now()}, where=differs)
     # PostgreSQL's driver does not count the rows of an INSERT; those left as they were are not returned.
     return len(connection.execute(statement.returning(into.c[keys[0]])).all())
+
+
+def trouble(error: SQLAlchemyError) -> str:
+    """What the database says is wrong, on one line."""
+    return f"the database does not work: {str(error).splitlines()[0]}"
 
 
 def _schema(connection: Connection) -> str | None:
