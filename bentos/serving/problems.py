@@ -99,7 +99,7 @@ class Problems:
 
     With `json_only` it refuses a POST whose body is not declared to be JSON: BentoML would otherwise take forms and
     pickle-like formats, and a web page could post to a server on localhost without asking. `uploads` lets forms with
-    files and pictures in as well.
+    files and pictures in as well: a page can send one, but a prediction changes nothing, and it cannot read the answer.
     """
 
     def __init__(self, app: App, json_only: bool = False, uploads: bool = False) -> None:
