@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from bentos.transformers.example import files as example_files
 from registry.errors import UserError
-from registry.formats import Recognised, check_needs, choose_kind, recognise
+from registry.formats import FORMATS, Recognised, check_needs, choose_kind, recognise
 from registry.formats.transformers import WITHOUT_TORCH
 from registry.kinds import Kinds
 
@@ -149,12 +152,12 @@ def test_other_uploads_with_a_config_json_are_left_to_their_recognisers() -> Non
 def test_weights_that_need_torch_are_refused_unless_the_requirements_bring_it() -> None:
     config = json.dumps({"architectures": ["DebertaV2Model"], "model_type": "deberta-v2"}).encode()
     found = see({**folder(), "config.json": config})
-    for given in (None, "", "numpy", "torchvision==0.2\ntransformers", "torch==2.9.1"):
+    for named in (None, "", "numpy", "torchvision==0.2\ntransformers", "torch==2.9.1"):
         with pytest.raises(UserError) as raised:
-            check_needs(found, given)
+            check_needs(found, named)
         assert raised.value.code == "transformers_needs_torch"
         assert "optimum-cli" in (raised.value.hint or "")
-        assert raised.value.field == ("requirements" if given else "file")
+        assert raised.value.field == ("requirements" if named else "file")
     check_needs(found, "# ours\ntorch==2.9.1+cpu\nTransformers>=4.57")
     check_needs(found, '[[package]]\nname = "torch"\n[[package]]\nname = "transformers"')
     check_needs(see(folder()), None)
@@ -164,3 +167,22 @@ def test_registry_and_kind_agree_which_families_need_no_torch() -> None:
     from bentos.serving.encoders import FAMILIES
 
     assert WITHOUT_TORCH == FAMILIES
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = st.sampled_from(["model_type", "architectures", "auto_map", "weight_map", "model", "a"])
+BODIES = st.dictionaries(NAMES, ANY, max_size=4).map(lambda body: json.dumps(body).encode()) | st.binary(max_size=40)
+PATHS = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json", "model.safetensors"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from([*PATHS, "model.onnx", "x/config.json", "pytorch_model.bin"]), BODIES, min_size=1)
+)
+def test_whatever_a_folder_holds_it_is_recognised_or_refused(changed: dict[str, bytes]) -> None:
+    with contextlib.suppress(UserError):  # any other exception would be an answer 500
+        assert see({**folder(), **changed}).format in FORMATS
