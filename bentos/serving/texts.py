@@ -134,7 +134,10 @@ class Pretrained:
         named = self.config.get("id2label")
         if not isinstance(named, dict):
             return ()
-        return tuple(str(named[key]) for key in sorted(named, key=int))
+        try:
+            return tuple(str(named[key]) for key in sorted(named, key=int))
+        except ValueError as error:
+            raise _failed(f"id2label of config.json is not by number: {error}", "correct its id2label") from error
 
 
 class Tokenizer:
@@ -177,7 +180,7 @@ class Tokenizer:
         told = pretrained.tokenizer_config.get("pad_token")
         token = told.get("content") if isinstance(told, dict) else told
         known = self._library.token_to_id(token) if isinstance(token, str) else None
-        return int(known if known is not None else pretrained.config.get("pad_token_id") or 0)
+        return int(known if known is not None else _limit(pretrained.config.get("pad_token_id"), 0))
 
 
 @dataclass(frozen=True)
@@ -313,7 +316,7 @@ def _positions(config: dict[str, Any]) -> int:
     """Tokens that the network has positions for."""
     told = _limit(config.get("max_position_embeddings"), _LONGEST)
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        told -= int(config.get("pad_token_id") or 1) + 1  # they count from the padding's number on
+        told -= _limit(config.get("pad_token_id"), 1) + 1  # they count from the padding's number on
     return max(told, 3)
 
 

@@ -254,6 +254,7 @@ def test_scores_are_what_the_pipeline_of_transformers_makes_of_logits(tmp_path: 
     [
         (lambda: classifier(3, id2label={"0": "a", "1": "b"}), "names 2 labels, the network has 3 classes"),
         (lambda: classifier(2, id2label={"0": "a", "1": "a"}), "names 1 labels"),
+        (lambda: classifier(2, id2label={"a": 0, "b": 1}), "not by number"),
         (lambda: {**encoder(), "tokenizer.json": b"{}"}, "tokenizer.json cannot be read"),
         (lambda: {**encoder(), "model.onnx": b"\x08\x01"}, "cannot be loaded by ONNX Runtime"),
         (lambda: encoder({"architectures": ["BertForTokenClassification"]}), "neither classifies nor embeds"),
