@@ -23,7 +23,7 @@ from bentos.serving.problems import from_answer
 from bentos.serving.settings import Settings
 
 BENTOS = Path(importlib.import_module("bentos").__file__ or "").parent
-KINDS = ["lightgbm", "xgboost", "onnx", "sklearn"]
+KINDS = ["lightgbm", "mlflow", "onnx", "sklearn", "tensorflow", "xgboost"]
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 answers = st.recursive(
