@@ -220,7 +220,9 @@ def image(kind: Kind) -> Callable[[parts.Bench], Measured]:
             output=output / "image.tar",
         )
         parts.remove(output)
-        layers = {layer["name"]: layer["size"] / parts.MIB for layer in built.result["image"]["layers"]}
+        layers: dict[str, float] = {}
+        for layer in built.result["image"]["layers"]:  # the base may be several
+            layers[layer["name"]] = layers.get(layer["name"], 0.0) + layer["size"] / parts.MIB
         samples = [Sample(0, "ours", name, size, "MiB") for name, size in layers.items()]
         detail = {"model": which, "mib": {name: round(size, 3) for name, size in layers.items()}}
         return Measured(sum(layers.values()), detail, samples)
