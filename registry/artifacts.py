@@ -163,7 +163,8 @@ def _choose(flavours: dict[str, Any], found: dict[str, Found]) -> tuple[str | No
         body = flavours.get(flavour)
         if not isinstance(body, dict):
             continue
-        entry = str(body.get(key, "")).strip("/")
+        named = body.get(key)
+        entry = named.strip("/") if isinstance(named, str) else ""
         if entry in found:
             return flavour, others if beside else {entry.rpartition("/")[2]: found[entry]}
         if within := _below(found, entry):

@@ -39,7 +39,7 @@ class Model:
             folder=folder,
             input=self._input(inner),
             example=self._example(inner),
-            details={**inner.about.details, "flavour": flavour, "mlflow": str(document.get("mlflow_version", ""))[:40]},
+            details={**inner.about.details, "flavour": flavour, "mlflow": _version(document)},
         )
 
     def outputs(self, inputs: list[Any]) -> list[Any]:
@@ -80,7 +80,7 @@ def _mlmodel(folder: serving.ModelFolder) -> tuple[PurePosixPath, dict[str, Any]
     path = min(found, key=lambda path: (len(path.parts), path))
     try:
         document = yaml.safe_load(folder.path(str(path)).read_bytes())
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except Exception as error:  # besides its own errors PyYAML raises whatever its constructors run into
         raise serving.StartError("model_load_failed", f"{path} is not YAML: {str(error)[:300]}", _HINT) from error
     if not isinstance(document, dict) or not isinstance(document.get("flavors"), dict):
         raise serving.StartError("model_load_failed", f"{path} names no flavours", _HINT)
@@ -92,9 +92,10 @@ def _flavour(folder: serving.ModelFolder, top: PurePosixPath, document: dict[str
     for flavour, entry in _ENTRIES.items():
         about = document["flavors"].get(flavour)
         if isinstance(about, dict):
-            path = str(top / str(about.get(entry)))
+            named = about.get(entry)
+            path = str(top / named) if isinstance(named, str) else ""  # aliases of YAML make lists without an end
             if path not in folder.files:
-                message = f"MLmodel names the model {about.get(entry)!r}, which is not there"
+                message = f"MLmodel names a model of the flavour {flavour} that is not there: {path}"
                 raise serving.StartError("model_load_failed", message[:500], _HINT)
             return flavour, path
     message = f"none of the flavours {sorted(map(str, document['flavors']))} is served"
@@ -118,6 +119,11 @@ def _load(flavour: str) -> Callable[[serving.ModelFolder], Any]:
     from bentos.formats.skops import Model as Sklearn
 
     return Sklearn
+
+
+def _version(document: dict[str, Any]) -> str | None:
+    version = document.get("mlflow_version")
+    return version[:40] if isinstance(version, str) else None
 
 
 def _method(document: dict[str, Any], methods: Sequence[str]) -> str:

@@ -110,7 +110,7 @@ def _mlmodel(upload: Upload, path: str) -> dict[str, Any]:
         invalid(path, f"it has more than {_SMALL} bytes", _SAVE)
     try:
         body = yaml.safe_load(upload.head(path, _SMALL))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except Exception as error:  # besides its own errors PyYAML raises whatever its constructors run into
         raise UserError(
             "invalid_model",
             f"{shown(path)} is not YAML: {shown(str(error).partition(chr(10))[0])}.",
@@ -131,7 +131,9 @@ def _model(inside: Upload, file: File, flavour: str, about: dict[str, Any], entr
     _refuse_code(flavour, about)
     path = about.get(entry)
     if not isinstance(path, str) or path not in inside.sizes:
-        _refuse(flavour, f"MLmodel names the model {shown(str(path))}, which is not there", way=False)
+        # what is no text is not shown: a few aliases of YAML make a list that has no end as a text
+        named = shown(path) if isinstance(path, str) else "by something else than a path"
+        _refuse(flavour, f"MLmodel names the model {named}, which is not there", way=False)
     others = {} if flavour != "onnx" else {k: v for k, v in inside.sizes.items() if k not in BOOKKEEPING}
     try:
         found = file(Upload({**others, path: inside.sizes[path]}, inside.open), path)

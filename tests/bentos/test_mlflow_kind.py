@@ -205,7 +205,19 @@ def test_what_mlmodel_says_is_checked(saved: Any, tmp_path: Path) -> None:
     assert _refused(more).code == "mlflow_flavour"
     with pytest.raises(StartError, match="3 columns"):
         Model(_folder(tmp_path, more))
-    for text in (b"{[", b"a: !!python/object/apply:os.system ['true']", b"[" * 5000, b"x: " + b"y" * (2 << 20)):
+    lines = ["a: &a0 [x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
+    endless = "\n".join([*lines, "flavors: {lightgbm: {data: *a29}}", "mlflow_version: *a29"])
+    assert _refused({**files, "churn/MLmodel": endless.encode()}).code == "mlflow_flavour"
+    with pytest.raises(StartError, match="not there"):
+        Model(_folder(tmp_path, {**files, "churn/MLmodel": endless.encode()}))
+    for text in (
+        b"{[",
+        b"a: !!int ''",
+        b"a: !!timestamp x",
+        b"a: !!python/object/apply:os.system ['true']",
+        b"[" * 5000,
+        b"x: " + b"y" * (2 << 20),
+    ):
         assert _refused({**files, "churn/MLmodel": text}).code == "invalid_model"
         with pytest.raises(StartError, match="MLmodel"):
             Model(_folder(tmp_path, {**files, "churn/MLmodel": text}))
