@@ -117,10 +117,9 @@ class Model:
         try:
             yield
         except self._refusals as error:
-            said = str(error).strip().split("\n")[0][:300]
             field = "inputs[0]" if len(inputs) == 1 else "inputs"
             hint = "compare the rows with those that the model was trained on"
-            detail = f"the model cannot take these rows: {said}"
+            detail = f"the model cannot take these rows: {_said(error)}"
             raise serving.Problem("prediction_refused", detail, field=field, hint=hint) from error
 
     def _listed(self, tensor: Any, batched: bool, rows: int) -> list[Any]:
@@ -137,6 +136,12 @@ class Model:
             detail = f"the model answered {len(values)} values for {rows} rows"
             raise serving.Problem("prediction_failed", detail, status=500)
         return [_plain(value) for value in values] if array.dtype.kind == "O" else values
+
+
+def _said(error: Exception) -> str:
+    """What an operator said, without where in the graph it stands: the last line before its node is named."""
+    lines = [line.strip() for line in str(error).partition("[[{{node")[0].splitlines()]
+    return next((line for line in reversed(lines) if line), type(error).__name__)[:300]
 
 
 def _plain(value: Any) -> Any:

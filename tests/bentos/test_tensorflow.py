@@ -184,6 +184,29 @@ def test_nothing_is_traced_after_the_start(tmp_path: Path, monkeypatch: pytest.M
         assert len(model.outputs([[0, 1, 2]] * count)) == count
 
 
+def test_an_index_that_a_layer_does_not_know_is_named(tmp_path: Path) -> None:
+    words = keras.Input((4,), dtype="int32")
+    model = Model(_keras(tmp_path, keras.Model(words, keras.layers.Embedding(9, 2)(words))))
+    assert len(model.outputs([[1, 2, 0, 8]])[0]) == 4
+    problem = _refused(model, [1, 2, 0, 99])
+    assert problem.code == "prediction_refused"
+    assert "99 is not in [0, 9)" in problem.detail
+
+
+def test_texts_may_be_made_into_numbers_by_the_model(tmp_path: Path) -> None:
+    """The words lie in the file as an asset of its own, and an axis of any length is between the layers."""
+    words = keras.layers.TextVectorization(max_tokens=20, output_sequence_length=4)
+    words.adapt(["a good dog", "a bad cat"])
+    text = keras.Input((), dtype="string", name="text")
+    network = keras.Model(text, keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(20, 3)(words(text))))
+    folder = _keras(tmp_path, network)
+    model = Model(folder)
+    _agree(folder, model)
+    rows = ["good dog", "猫 👍"]
+    assert np.allclose(model.outputs(rows), network(tf.constant(rows), training=False).numpy(), rtol=1e-6)
+    assert model.outputs([{"text": "good dog"}]) == model.outputs(["good dog"])
+
+
 def test_requests_that_run_together_are_answered_each_alone(tmp_path: Path) -> None:
     model = Model(_saved(tmp_path, lambda place: _save_module(Texts(), place)))
     requests = [[{"text": f"t{i}", "marks": [1] * (1 + i % 3)}] * (1 + i % 4) for i in range(20)]
