@@ -28,7 +28,7 @@ BATCH = 32
 def build(seed: int, width: int) -> Any:
     """A network with fresh weights: four convolutions that halve the sides, and the mean over what they see.
 
-    `width`: channels of the first. About 100,000 weights at 16.
+    `width`: channels of the first. About 80,000 weights at 16.
     """
     tensorflow()
     import keras

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,26 +219,16 @@ def test_the_table_and_the_plot_show_every_selection(trained: tuple[Outcome, str
         assert min(plot.size) > 300
 
 
-def test_the_same_seed_gives_the_same_bytes() -> None:
-    from dataclasses import replace
-
-    few = replace(SETTINGS, sizes=data.Sizes(40, 20, 20, 40, 20), steps=6, retrain_steps=3, budgets=(10,), rounds=(1,))
-    first, second = (training.train(few, QUIET)[0] for _ in range(2))
-    assert dict(first.files) == dict(second.files)
-    assert first.metrics == second.metrics
-    assert first.expected == second.expected
-    assert first.plots == second.plots
-    assert training.train(replace(few, seed=8), QUIET)[0].files != first.files
-
-
-def test_own_pictures_are_trained_on_as_those_that_are_drawn(tmp_path: Path) -> None:
-    from dataclasses import replace
-
+def test_the_same_seed_gives_the_same_bytes_from_pictures_that_are_drawn_or_read(tmp_path: Path) -> None:
     few = replace(SETTINGS, sizes=data.Sizes(40, 20, 20, 40, 20), steps=6, retrain_steps=3, budgets=(10,), rounds=(1,))
     data.write(data.make(few.sizes, few.seed), tmp_path)
-    read, drawn = training.train(replace(few, pictures=tmp_path), QUIET)[0], training.train(few, QUIET)[0]
-    assert read.files["cargo.keras"] == drawn.files["cargo.keras"]
-    assert read.dataset_digest == drawn.dataset_digest
+    drawn, read = (training.train(each, QUIET)[0] for each in (few, replace(few, pictures=tmp_path)))
+    assert dict(drawn.files) == dict(read.files)
+    assert drawn.metrics == read.metrics
+    assert drawn.expected == read.expected
+    assert drawn.plots == read.plots
+    assert drawn.dataset_digest == read.dataset_digest
+    assert training.train(replace(few, seed=8), QUIET)[0].files["cargo.keras"] != drawn.files["cargo.keras"]
 
 
 def test_a_saved_model_has_the_metrics_that_were_logged(outcome: Outcome, model: ModelFolder) -> None:
