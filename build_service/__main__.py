@@ -26,8 +26,8 @@ from registry.errors import EkibenError
 
 _DRAIN_SECONDS = 10
 _SWITCH_SECONDS = 0.001
-"""How long a busy thread keeps the interpreter while another waits (Python's default: 0.005). An answer is handed between
-threads some ten times, and the control loop is busy while many models are built."""
+"""How long a busy thread keeps the interpreter while another waits (Python's default: 0.005). An answer is handed
+between threads some ten times, and the control loop is busy while many models are built."""
 
 
 def main() -> int:
