@@ -280,9 +280,7 @@ def router(service: Service) -> APIRouter:
                 view, new = await uploading.run(service.register_parts, taken, in_parts)
             else:
                 async with service.fetched(taken, request):
-                    complete = await uploading.run(
-                        taken.finish, service.live_signature, service.settings.allow_code
-                    )
+                    complete = await uploading.run(taken.finish, service.live_signature, service.settings.allow_code)
                 view, new = await uploading.run(service.register, complete, taken.keep)
         except BaseException as error:
             # A cancelled request or a client that went away too: nothing of it stays.
