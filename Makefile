@@ -63,7 +63,7 @@ cluster-down: setup ## take it away, and all that it made
 e2e: setup ## the tests that need a Kubernetes: that of cluster-up, or KUBECONFIG=…
 	@$(if $(filter command line,$(origin KUBECONFIG)),,$(BIN)/python -m tests.cluster build &&) \
 	  EKIBEN_E2E_KUBECONFIG='$(if $(filter command line,$(origin KUBECONFIG)),$(KUBECONFIG))' \
-	  $(BIN)/python -m pytest -m cluster tests $(ARGS)
+	  $(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 lint: setup ## ruff, mypy, import-linter, and that generated files are current
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

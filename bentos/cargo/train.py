@@ -23,6 +23,7 @@ from bentos.cargo.textures import MATERIALS
 from bentos.serving.model import ModelFolder, write_model
 from bentos.serving.networks import Network
 from bentos.training import command, keras_files
+from bentos.training.command import positive
 from bentos.training.gate import Gate
 from bentos.training.outcome import Outcome, Progress
 
@@ -179,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pictures", type=Path, metavar="DIR", help="pictures with lists, as python -m bentos.cargo.data writes them"
     )
-    parser.add_argument("--rounds", type=_positive, help="repetitions of each budget (default 5 to 3; 1 with --small)")
+    parser.add_argument("--rounds", type=positive, help="repetitions of each budget (default 5 to 3; 1 with --small)")
     parser.add_argument("--small", action="store_true", help="a few seconds, for a first look")
     command.add_options(parser, Path(__file__).parent / "model")
     options = parser.parse_args(arguments)
@@ -194,13 +195,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(shown)
     gate = Gate(*GATE, TOLERANCE, lambda folder: evaluate(folder, settings))
     return command.finish(outcome, options, progress, gate)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

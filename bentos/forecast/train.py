@@ -37,6 +37,7 @@ from bentos.forecast.features import DAILY, MONTHLY, NAMES, WEEKLY, Cadence, Pla
 from bentos.forecast.forecasting import LEAST_DAYS, Forecaster
 from bentos.serving.model import ModelFolder
 from bentos.training import command, plots
+from bentos.training.command import positive
 from bentos.training.gate import Gate
 from bentos.training.outcome import Outcome, Progress, table
 
@@ -344,11 +345,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "is a model folder, ready to upload.",
         epilog="Example: python -m bentos.forecast.train --small --register http://localhost:8000",
     )
-    parser.add_argument("--stores", type=_positive, help="stores, each sells eight drinks (default 5; 2 with --small)")
-    parser.add_argument("--days", type=_positive, help="days of history, at least 500 (default 1200; 800 with --small)")
-    parser.add_argument("--horizon", type=_positive, default=28, help=f"days ahead, at most {data.LEADS} (default 28)")
+    parser.add_argument("--stores", type=positive, help="stores, each sells eight drinks (default 5; 2 with --small)")
+    parser.add_argument("--days", type=positive, help="days of history, at least 500 (default 1200; 800 with --small)")
+    parser.add_argument("--horizon", type=positive, default=28, help=f"days ahead, at most {data.LEADS} (default 28)")
     parser.add_argument("--seed", type=int, default=7, help="same seed, same data, same model file (default 7)")
-    parser.add_argument("--rounds", type=_positive, help="trees (default 400; 120 with --small)")
+    parser.add_argument("--rounds", type=positive, help="trees (default 400; 120 with --small)")
     parser.add_argument(
         "--real",
         choices=("elnino", "co2", "both", "none"),
@@ -367,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="with --database and --register: train nothing where these very sales were trained on and decided about",
     )
-    parser.add_argument("--threads", type=_positive, default=1, help="for LightGBM, on an idle machine (default 1)")
+    parser.add_argument("--threads", type=positive, default=1, help="for LightGBM, on an idle machine (default 1)")
     parser.add_argument("--small", action="store_true", help="a few seconds, for a first look")
     command.add_options(parser, Path(__file__).parent / "model")
     options = parser.parse_args(arguments)
@@ -454,13 +455,6 @@ def _day(date: dt.date) -> str:
 
 def _known(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from bentos.image_search.searching import Search, png
 from bentos.serving.model import ModelFolder, write_model
 from bentos.serving.networks import Network
 from bentos.training import cifar10, command
+from bentos.training.command import positive
 from bentos.training.gate import Gate
 from bentos.training.keras_files import keras_bytes
 from bentos.training.outcome import Outcome, Progress, table
@@ -167,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "drawn: made up, without a network",
     )
     parser.add_argument("--seed", type=int, default=7, help="same seed, same data, same model files (default 7)")
-    parser.add_argument("--epochs", type=_positive, help="times that each picture is seen (default 10; 8 with --small)")
+    parser.add_argument("--epochs", type=positive, help="times that each picture is seen (default 10; 8 with --small)")
     parser.add_argument("--small", action="store_true", help="drawn shapes and a few seconds, for a first look")
     command.add_options(parser, Path(__file__).parent / "model")
     options = parser.parse_args(arguments)
@@ -247,13 +248,6 @@ def _neighbours(search: Search, world: World) -> bytes:
         found = [known[match.id] for match in search.of_picture(vector, K)]
         rows.append(np.concatenate([picture, blank, *found], axis=1))
     return png(np.concatenate(rows).repeat(2, axis=0).repeat(2, axis=1))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from bentos.ranker.ndcg import mean_ndcg
 from bentos.ranker.ranking import Ranker
 from bentos.serving.model import ModelFolder
 from bentos.training import command, plots
+from bentos.training.command import positive
 from bentos.training.gate import Gate
 from bentos.training.outcome import Outcome, Progress, table
 
@@ -272,13 +273,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "searches with popularity, random order and the true relevance. The result is a model folder, ready to upload.",
         epilog="Example: python -m bentos.ranker.train --small --register http://localhost:8000",
     )
-    parser.add_argument("--queries", type=_positive, help="training searches (default 20000; 3000 with --small)")
+    parser.add_argument("--queries", type=positive, help="training searches (default 20000; 3000 with --small)")
     parser.add_argument("--seed", type=int, default=7, help="same seed, same data, same model file (default 7)")
     parser.add_argument(
         "--variant", choices=VARIANTS, default="lambdamart", help="which model to keep (default lambdamart)"
     )
-    parser.add_argument("--rounds", type=_positive, help="trees (default 300; 120 with --small)")
-    parser.add_argument("--threads", type=_positive, default=1, help="for LightGBM, on an idle machine (default 1)")
+    parser.add_argument("--rounds", type=positive, help="trees (default 300; 120 with --small)")
+    parser.add_argument("--threads", type=positive, default=1, help="for LightGBM, on an idle machine (default 1)")
     parser.add_argument("--small", action="store_true", help="a few seconds, for a first look")
     command.add_options(parser, Path(__file__).parent / "model")
     options = parser.parse_args(arguments)
@@ -321,13 +322,6 @@ def _spearman(scores: Floats, utility: Floats) -> float:
 
 def _few(values: Floats) -> str:
     return ", ".join(f"{value:.2f}" for value in values[:5]) + " …"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

@@ -14,6 +14,14 @@ from bentos.training.gate import HELD, Gate
 from bentos.training.outcome import Outcome, Progress, short_digest
 
 
+def positive(text: str) -> int:
+    """An option's value that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
 def add_options(parser: argparse.ArgumentParser, folder: Path) -> None:
     """Where the result goes: --out, MLflow, --register, --gate."""
     group = parser.add_argument_group("where the result goes")

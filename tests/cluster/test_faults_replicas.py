@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.another_time import library as another_time
+from benchmarks.another_time import preloaded as another_time
 from tests.cluster.faults import (
     SERVICE,
     SPACE,

@@ -24,7 +24,7 @@ import pytest
 from minio import MinioAdmin
 from minio.credentials import StaticProvider
 
-from benchmarks.another_time import library as another_time
+from benchmarks.another_time import preloaded as another_time
 from registry import s3 as s3_module
 from registry import s3_store
 from registry.errors import EkibenError, InfrastructureError

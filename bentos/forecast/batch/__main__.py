@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from bentos.forecast.batch import forecasts, sales
 from bentos.forecast.batch.tables import Database, trouble
 from bentos.serving.problems import Problem, StartError
+from bentos.training.command import positive
 from bentos.training.outcome import Progress, table
 from bentos.training.registration import RegistrationError
 
@@ -102,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     register = jobs.add_parser("register", help="write down sales, and what is planned")
     source = register.add_mutually_exclusive_group(required=True)
     source.add_argument("--csv", type=Path, metavar="FILE", help="date, store, item, sales, price, …; - is stdin")
-    source.add_argument("--simulate", type=_positive, metavar="DAYS", help="made-up sales of the next DAYS days")
-    register.add_argument("--stores", type=_positive, default=5, help="with --simulate (default 5)")
+    source.add_argument("--simulate", type=positive, metavar="DAYS", help="made-up sales of the next DAYS days")
+    register.add_argument("--stores", type=positive, default=5, help="with --simulate (default 5)")
     register.add_argument("--seed", type=int, default=7, help="with --simulate (default 7)")
     predict = jobs.add_parser("predict", help="forecast the next days of every series")
     model = predict.add_mutually_exclusive_group(required=True)
@@ -112,9 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--live", metavar="URL", help="a running Ekiben, whose live version of forecast is brought here")
     model.add_argument("--model", type=Path, metavar="DIR", help="a model folder, as training writes it")
-    predict.add_argument("--horizon", type=_positive, default=7, help="days (default 7)")
+    predict.add_argument("--horizon", type=positive, default=7, help="days (default 7)")
     evaluate = jobs.add_parser("evaluate", help="compare forecasts with what came")
-    evaluate.add_argument("--days", type=_positive, default=90, help="forecasts of the last DAYS days (default 90)")
+    evaluate.add_argument("--days", type=positive, default=90, help="forecasts of the last DAYS days (default 90)")
     for job in (register, predict, evaluate):
         job.add_argument(
             "--database", metavar="URL", help="sqlite:///FILE or postgresql+psycopg://… (EKIBEN_FORECAST_DATABASE)"
@@ -182,13 +183,6 @@ def _of_endpoint(url: str, token: str | None) -> tuple[forecasts.Answer, str]:
 
 def _text(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":
