@@ -9,7 +9,7 @@ from pathlib import Path
 _RAISED = frozenset(
     ("UserError", "InfrastructureError", "EkibenError", "Failure", "StartError", "InputError", "Problem")
 )
-_ROOMS = ("registry", "builder_image", "build_service", "bentos/serving")
+_ROOMS = ("registry", "builder_image", "build_service", "bentos/serving", "bentos")
 
 
 def document(root: Path) -> str:
