@@ -449,6 +449,7 @@ class LocalPlatform:
             "EKIBEN_TERMINATION_LOG": str(termination),
             "EKIBEN_MAX_BODY_BYTES": str(settings.inference_body),
             "EKIBEN_REQUEST_SECONDS": str(settings.inference_seconds),
+            **({"EKIBEN_FOLDER": folder} if (folder := settings.kind_folders.get(version.kind)) else {}),
         }
 
     def _reap(self, served: _Served) -> None:

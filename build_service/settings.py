@@ -22,6 +22,8 @@ from build_service.kubernetes.settings import ClusterSettings
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 
+_CLAIM = re.compile(r"[a-z0-9](?:[-a-z0-9.]{0,61}[a-z0-9])?")
+
 
 def _installed_kinds() -> Path:
     """The `bentos` folder, found without importing it: kinds are data to this service."""
@@ -102,6 +104,10 @@ class Settings(ClusterSettings):
     ready_seconds: float = Field(
         120, gt=0, description="Time a new revision has from its start to its golden sample, in seconds."
     )
+    kind_folders: dict[str, str] = Field(
+        default_factory=dict, description='Folder of the operator\'s that models of a kind may read, as JSON: '
+        '{"cargo": "/srv/pictures"}; on Kubernetes the name of a PersistentVolumeClaim in the models\' namespace.'
+    )  # fmt: skip
     drain_seconds: float = Field(30, gt=0, description="Time an old process has to finish its requests, in seconds.")
     leave_seconds: float = Field(
         0, ge=0, description="Time after the signal to end in which /readyz says no and calls are still taken, until "
@@ -190,6 +196,7 @@ class Settings(ClusterSettings):
         if self.mlflow_uri is not None and not self.mlflow:
             raise ValueError("EKIBEN_MLFLOW_URI is set although EKIBEN_MLFLOW=false: take one of them away")
         self._check_s3()
+        self._check_folders()
         if self.platform == "kubernetes":
             faults = self.cluster_faults()
             if self.s3_endpoint is None:
@@ -203,6 +210,13 @@ class Settings(ClusterSettings):
                 "(for instance to the output of `openssl rand -hex 32`)"
             )
         return self
+
+    def _check_folders(self) -> None:
+        for kind, named in self.kind_folders.items():
+            if self.platform == "local" and not (Path(named).is_absolute() and Path(named).is_dir()):
+                raise ValueError(f"EKIBEN_KIND_FOLDERS: {named!r}, for {kind}, is no absolute path of a folder")
+            if self.platform == "kubernetes" and not _CLAIM.fullmatch(named):
+                raise ValueError(f"EKIBEN_KIND_FOLDERS: {named!r}, for {kind}, is no name of a PersistentVolumeClaim")
 
     def _check_s3(self) -> None:
         if self.s3_endpoint is None:

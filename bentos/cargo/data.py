@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bentos.cargo.data",
         description="Write the pictures of a hold, monday and tuesday, as folders of PNG files with lists.",
-        epilog="Example: python -m bentos.cargo.data pictures; EKIBEN_CARGO_PICTURES=pictures serves from them.",
+        epilog="Example: python -m bentos.cargo.data pictures; EKIBEN_FOLDER=pictures serves from them.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="where to write; made if it does not exist")
     parser.add_argument("--seed", type=int, default=7, help="same seed, same pictures (default 7)")

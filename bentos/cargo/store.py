@@ -19,7 +19,7 @@ from typing import Any
 from bentos.serving import ModelFolder, Problem, StartError
 from bentos.serving.pictures import MAX_BYTES
 
-VARIABLE = "EKIBEN_CARGO_PICTURES"
+VARIABLE = "EKIBEN_FOLDER"
 FIELD = "image_path"
 OWN_FOLDER = "pictures"
 """In the version's own files: the store where VARIABLE is not set."""

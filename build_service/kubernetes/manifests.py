@@ -105,6 +105,9 @@ def _serving_pod(order: RevisionOrder, settings: Settings, kind_memory: str) -> 
         source = {"name": names.TOKENS_CONFIGMAP, "optional": True}
         volumes.append({"name": "tokens", "configMap": source})
         mounts.append({"name": "tokens", "mountPath": names.TOKENS_FOLDER, "readOnly": True})
+    if claim := settings.kind_folders.get(order.version.kind):
+        volumes.append({"name": "folder", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
+        mounts.append({"name": "folder", "mountPath": names.KIND_FOLDER, "readOnly": True})
     container = {
         "name": names.CONTAINER,
         "image": image(order, settings),
@@ -149,6 +152,7 @@ def _serving_environment(order: RevisionOrder, settings: Settings) -> dict[str, 
         # Not preStop: to some proxies a pod that ends is as good as any while its readiness probe succeeds.
         "EKIBEN_LEAVE_SECONDS": str(_LEAVE_SECONDS),
         **({} if settings.inference_open else {"EKIBEN_INFERENCE_TOKENS_FILE": names.TOKENS_FILE}),
+        **({"EKIBEN_FOLDER": names.KIND_FOLDER} if version.kind in settings.kind_folders else {}),
     }
 
 

@@ -188,15 +188,15 @@ def test_the_operators_store_goes_before_the_versions_own(tmp_path: Path, pictur
     plain = write_model(tmp_path / "plain", kind="cargo", format=None, files={"a": b"1"})
     own = write_model(tmp_path / "own", kind="cargo", format=None, files={"a": b"1", "pictures/x/1.png": picture})
     (tmp_path / "named").mkdir()
-    named = {"EKIBEN_CARGO_PICTURES": str(tmp_path / "named")}
+    named = {"EKIBEN_FOLDER": str(tmp_path / "named")}
     assert store.find(named, own) == store.Store(tmp_path / "named", "operator")
     assert store.find({}, own).read("x/1.png") == picture
     assert store.find({}, plain).kind is None
     assert refused(store.find({}, plain), "x/1.png").code == "no_picture_store"
     assert refused(store.find({}, own), "../a").code == "bad_image_path"
     for wrong in (tmp_path / "gone", tmp_path / "own" / "manifest.json"):
-        with pytest.raises(StartError, match="EKIBEN_CARGO_PICTURES"):
-            store.find({"EKIBEN_CARGO_PICTURES": str(wrong)}, own)
+        with pytest.raises(StartError, match="EKIBEN_FOLDER"):
+            store.find({"EKIBEN_FOLDER": str(wrong)}, own)
 
 
 def test_the_network_learns_more_than_the_most_frequent_material(outcome: Outcome) -> None:
@@ -249,7 +249,7 @@ def serving_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(model: ModelFolder, serving_store: Path) -> Iterator[TestClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EKIBEN_MODEL_DIR", str(model.root))
-        patch.setenv("EKIBEN_CARGO_PICTURES", str(serving_store))
+        patch.setenv("EKIBEN_FOLDER", str(serving_store))
         from bentos.cargo.service import Cargo as Service
 
         # Prometheus' registry is one per process, and takes each of BentoML's metrics once

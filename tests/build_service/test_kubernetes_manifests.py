@@ -112,6 +112,20 @@ def test_no_pod_has_a_token_a_privilege_or_a_writable_root() -> None:
         assert all("hostPath" not in volume for volume in pod["volumes"])
 
 
+def test_a_kinds_folder_is_a_claim_that_is_only_read_and_no_other_kind_gets_it() -> None:
+    using = settings(kind_folders={"lightgbm": "pictures", "cargo": "others"})
+    pod = manifests.deployment(order(), using, "512Mi")["spec"]["template"]["spec"]
+    (volume,) = [each for each in pod["volumes"] if "persistentVolumeClaim" in each]
+    assert volume["persistentVolumeClaim"] == {"claimName": "pictures", "readOnly": True}
+    (serving,) = pod["containers"]
+    (mount,) = [each for each in serving["volumeMounts"] if each["name"] == volume["name"]]
+    assert mount["readOnly"]
+    assert {"name": "EKIBEN_FOLDER", "value": mount["mountPath"]} in serving["env"]
+    assert "EKIBEN_FOLDER" not in json.dumps(manifests.deployment(order(), settings(), "512Mi"))
+    with pytest.raises(ValidationError, match="EKIBEN_KIND_FOLDERS"):
+        settings(kind_folders={"cargo": "/srv/pictures"})
+
+
 def build_order(**changes: Any) -> BuildOrder:
     image = {"base": "default", "platform": "linux/amd64", "push": {"ref": "r:5000/e:churn-3"}, "output": None}
     return dataclasses.replace(BuildOrder("b-0123", 2, version(), image, False), **changes)
