@@ -31,9 +31,14 @@ def expected(path: Path) -> Any:
     return value
 
 
-def body(value: Any) -> Any:
-    """A list of rows becomes `{"inputs": rows}`; an object is a body already."""
-    return {"inputs": value} if isinstance(value, list) else value
+def request(value: Any) -> Any:
+    """The body of a call: a list of rows becomes `{"inputs": rows}`, and of a sample, as `push` takes it, what is expected
+    is left out; any other object is a body already."""
+    if isinstance(value, list):
+        return {"inputs": value}
+    if isinstance(value, dict) and "inputs" in value:
+        return {key: item for key, item in value.items() if key != "outputs"}
+    return value
 
 
 def read(path: Path, field: str | None = None) -> bytes:

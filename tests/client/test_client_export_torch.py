@@ -18,7 +18,7 @@ import pytest
 from ekiben import _export
 from ekiben._errors import ExportError
 
-REASON = "torch is not installed here; see docs/decisions/0601-texts-without-torch.md for where it can be"
+REASON = "torch is no part of this environment: docs/decisions/0601-texts-without-torch.md says where it can be"
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def predict(
     ekiben predict churn -f rows.csv
     cat rows.json | ekiben predict churn
 
-    A list of rows is sent as {"inputs": rows}; an object is sent as it is.
+    A list of rows is sent as {"inputs": rows}; an object is sent as it is, but for the outputs of a sample.
     """
     import sys
 
@@ -54,4 +54,4 @@ def predict(
     else:
         value = _documents.parse(_documents.read(Path("-")), ".json", "standard input")
     with session(ctx, url, as_json) as (client, out):
-        out.value(client.predict(name, _documents.body(value), seconds=seconds))
+        out.value(client.predict(name, _documents.request(value), seconds=seconds))
