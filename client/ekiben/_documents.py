@@ -13,12 +13,16 @@ from ekiben._errors import UsageError
 
 
 def sample(path: Path) -> tuple[Any, Any]:
-    """(request body, expected body or None): a file that holds `outputs` beside its `inputs` gives both."""
-    value = parse(read(path, "sample"), path.suffix.lower(), str(path), "sample")
+    """(request body, expected body or None) of a file."""
+    return split(parse(read(path, "sample"), path.suffix.lower(), str(path), "sample"))
+
+
+def split(value: Any) -> tuple[Any, Any]:
+    """(request body, expected body or None): what holds `outputs` beside its `inputs` gives both; rows are `inputs`."""
     if isinstance(value, dict) and "inputs" in value and "outputs" in value:
         rest = {name: item for name, item in value.items() if name != "outputs"}
         return rest, {"outputs": value["outputs"]}
-    return body(value), None
+    return {"inputs": value} if isinstance(value, list) else value, None
 
 
 def expected(path: Path) -> Any:
@@ -28,16 +32,6 @@ def expected(path: Path) -> Any:
         if path.suffix.lower() == ".csv" and value and all(isinstance(row, dict) and len(row) == 1 for row in value):
             value = [next(iter(row.values())) for row in value]
         return {"outputs": value}
-    return value
-
-
-def request(value: Any) -> Any:
-    """The body of a call: a list of rows becomes `{"inputs": rows}`, and of a sample, as `push` takes it, what is expected
-    is left out; any other object is a body already."""
-    if isinstance(value, list):
-        return {"inputs": value}
-    if isinstance(value, dict) and "inputs" in value:
-        return {key: item for key, item in value.items() if key != "outputs"}
     return value
 
 

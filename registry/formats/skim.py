@@ -20,8 +20,9 @@ _LONGEST_KEY = 1 << 20
 _LARGEST_KEPT = 16 << 20  # bytes, of all kept values together
 _MOST_VALUES = 30_000_000  # bounds the time of a UBJSON walk
 _STRUCTURE = re.compile(rb'["{}\[\]]')
-# a run of scalars, strings without escapes and flat arrays: most of a model, passed over at once
-_FLAT = re.compile(rb'(?:[^"{}\[\]]++|"[^"\\]*+"|\[[^"{}\[\]]*+\])++')
+# A run of scalars, strings without escapes and flat arrays: most of a model, passed over at once. The group is not
+# possessive, as Python 3.11.2 (Debian 12) matches too much then; its bound keeps the memory of what it remembers small.
+_FLAT = re.compile(rb'(?:[^"{}\[\]]++|"[^"\\]*+"|\[[^"{}\[\]]*+\]){1,4096}')
 _STRING_END = re.compile(rb'["\\]')
 _SCALAR_END = re.compile(rb"[,\]}\s]")
 _NOT_SPACE = re.compile(rb"[^ \t\r\n]")

@@ -53,5 +53,6 @@ def predict(
         )
     else:
         value = _documents.parse(_documents.read(Path("-")), ".json", "standard input")
+    body, _ = _documents.split(value)  # a sample's file may hold what is expected too
     with session(ctx, url, as_json) as (client, out):
-        out.value(client.predict(name, _documents.request(value), seconds=seconds))
+        out.value(client.predict(name, body, seconds=seconds))
