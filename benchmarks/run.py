@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from benchmarks import build, cluster, crowd, digests, kinds, layers, serve, upload
@@ -42,7 +42,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", default="all", choices=["all", *VERBS])
     parser.add_argument("--quick", action="store_true", help="small sizes, one round, another report")
-    parser.add_argument("--only", metavar="FIGURE", choices=[*ORDER, *ONE_KIND], help=f"one of {', '.join(ORDER)}")
+    parser.add_argument(
+        "--only", metavar="FIGURE", nargs="+", choices=[*ORDER, *ONE_KIND], help=f"some of {', '.join(ORDER)}"
+    )
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupted)
     report, raw = (WORK / "quick" / "report.json", WORK / "quick" / "raw") if asked.quick else (REPORT, RAW)
@@ -76,8 +78,8 @@ def main() -> int:
     return 1 if missing else 0
 
 
-def _is_meant(name: str, only: str | None) -> bool:
-    return only in (None, name) or (only in ONE_KIND and name.startswith(f"{only}."))
+def _is_meant(name: str, only: Sequence[str] | None) -> bool:
+    return only is None or any(name == one or (one in ONE_KIND and name.startswith(f"{one}.")) for one in only)
 
 
 def _attempt(bench: Bench, measure: Measure) -> tuple[Measured | None, str | None]:

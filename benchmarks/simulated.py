@@ -24,6 +24,40 @@ if TYPE_CHECKING:
 
 _PODS = 110  # of one node
 _MARK = "kwok.x-k8s.io/node"
+# A kubelet that could not renew its lease in time puts right afterwards what the node controller then wrote into its
+# pods; kwok's own stages leave them unready for ever.
+_READY = """\
+{{ $now := Now }}
+conditions:
+{{ range .status.conditions }}
+- type: {{ .type | Quote }}
+  status: "True"
+  lastTransitionTime: {{ $now | Quote }}
+{{ end }}
+"""
+_RESTORED = {
+    "apiVersion": "kwok.x-k8s.io/v1alpha1",
+    "kind": "Stage",
+    "metadata": {"name": "pod-ready-again"},
+    "spec": {
+        "resourceRef": {"apiGroup": "v1", "kind": "Pod"},
+        "selector": {
+            "matchExpressions": [
+                {"key": ".metadata.deletionTimestamp", "operator": "DoesNotExist"},
+                {"key": ".status.phase", "operator": "In", "values": ["Running"]},
+                {"key": '.status.conditions.[] | select( .type == "Ready" ) | .status', "operator": "In",
+                 "values": ["False"]},
+            ]
+        },
+        "delay": {"durationMilliseconds": 5000},
+        "next": {"statusTemplate": _READY},
+    },
+}  # fmt: skip
+_OPTIONS = {
+    "apiVersion": "config.kwok.x-k8s.io/v1alpha1",
+    "kind": "KwokConfiguration",
+    "options": {"nodeLeaseParallelism": 16},
+}
 _CHECKED = {"verified": "expected", "rows": 5, "matched": 5}
 
 
@@ -40,7 +74,8 @@ def nodes(cluster: Cluster, pods: int) -> Iterator[None]:
     stages = programs.module_folder("kwok", "sigs.k8s.io/kwok") / "kustomize" / "stage"
     files = [*sorted((stages / "node" / "fast").glob("*.yaml")), *sorted((stages / "pod" / "fast").glob("*.yaml"))]
     config = cluster.root / "kwok.yaml"
-    config.write_text("\n---\n".join(file.read_text() for file in files if file.stem != "kustomization"))
+    told = [file.read_text() for file in files if file.stem != "kustomization"]
+    config.write_text("\n---\n".join([*told, json.dumps(_RESTORED), json.dumps(_OPTIONS)]))
     addresses = f"10.{node.network.second}.64.0/18"  # behind the node, and of nobody else
     kwok = [
         str(program),

@@ -205,7 +205,7 @@ class Service:
         return self.deployment_views(connection, [row])[0]
 
     def deployment_views(self, connection: Connection, rows: Sequence[state.Deployment]) -> list[shapes.DeploymentView]:
-        return views.deployments(connection, rows, lambda name: self.platform.observe(name).ready, self.links)
+        return views.deployments(connection, rows, self.platform.ready, self.links)
 
 
 def router(service: Service) -> APIRouter:
@@ -213,7 +213,7 @@ def router(service: Service) -> APIRouter:
     api = APIRouter(responses=_ERRORS)
     database = service.database
 
-    api.include_router(uploads.router(service.uploads, service.settings.upload_idle_seconds))
+    api.include_router(uploads.router(service.uploads, service.uploading, service.settings.upload_idle_seconds))
 
     # --- models -----------------------------------------------------------------------------------------------------
 

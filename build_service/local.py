@@ -237,6 +237,9 @@ class LocalPlatform:
                     replica.order = order
         self._wake_watch.set()
 
+    def ready(self, deployment: str) -> int:
+        return self.observe(deployment).ready
+
     def observe(self, deployment: str) -> Observed:
         with self._lock:
             served = self._served.get(deployment)

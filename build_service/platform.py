@@ -142,6 +142,10 @@ class Platform(Protocol):
         Asked only where the terms of the order differ from those that are observed, or a rollout is on its way."""
         ...
 
+    def ready(self, deployment: str) -> int:
+        """Processes that answer, of the revision that has the traffic. Asked for every deployment of a list."""
+        ...
+
     def observe(self, deployment: str) -> Observed: ...
 
     def observe_all(self) -> dict[str, Observed]:

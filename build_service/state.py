@@ -439,7 +439,7 @@ def standings(connection: Connection) -> list[Standing]:
             revisions.c.state.label("revision_state"),
             builds.c.state.label("build_state"),
             func.coalesce(told_crashes.c.crashes, 0).label("told_crashes"),
-            (deployments.c.name == _default_name()).label("default"),
+            is_default().label("default"),
         )
         .join(revisions, (revisions.c.deployment == deployments.c.name) & (revisions.c.number == deployments.c.desired))
         .join(builds, builds.c.id == revisions.c.build_id)
@@ -472,8 +472,13 @@ def _default_name() -> ScalarSelect[str]:
     )
 
 
+def is_default() -> ColumnElement[bool]:
+    """Whether a row of `deployments` is the one that answers calls which name none."""
+    return deployments.c.name == _default_name()
+
+
 def default_deployment(connection: Connection) -> Deployment | None:
-    row = connection.execute(select(deployments).where(deployments.c.name == _default_name())).one_or_none()
+    row = connection.execute(select(deployments).where(is_default())).one_or_none()
     return None if row is None else Deployment(**row._mapping)
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
-from starlette.concurrency import run_in_threadpool
 
 from build_service import metrics, shapes
 from build_service.intake import Limits, Received, bounded, file_path, too_large
+from build_service.threads import Threads
 from registry import parts, versions
 from registry.database import Database
 from registry.errors import InfrastructureError, UserError
@@ -237,8 +237,8 @@ class Uploads:
             writer.abort()
 
 
-def router(uploads: Uploads, idle_seconds: float) -> APIRouter:
-    """The endpoints below /uploads."""
+def router(uploads: Uploads, threads: Threads, idle_seconds: float) -> APIRouter:
+    """The endpoints below /uploads; `threads` write the parts."""
     api = APIRouter(tags=["uploads"])
     part_body = {
         "requestBody": {
@@ -277,7 +277,7 @@ def router(uploads: Uploads, idle_seconds: float) -> APIRouter:
         declared = request.headers.get("content-length", "")
         with uploads.arriving():
             data = await _body(bounded(request.stream(), idle_seconds), int(declared) if declared.isdigit() else 0)
-            return await run_in_threadpool(uploads.put, upload, number, data, sha256)
+            return await threads.run(uploads.put, upload, number, data, sha256)
 
     @api.delete("/uploads/{upload}", status_code=204, operation_id="end_upload")
     def end(upload: str) -> None:

@@ -129,23 +129,26 @@ def deployments(
     connection: Connection, rows: Sequence[state.Deployment], ready: Callable[[str], int], links: Links
 ) -> list[shapes.DeploymentView]:
     """`ready` gives a deployment's processes that answer."""
-    default = state.default_deployment(connection)
-    served = _served(connection, {(row.name, number) for row in rows for number in (row.desired, row.live)})
-    return [
-        _deployment(row, served, ready(row.name), default is not None and default.name == row.name, links)
-        for row in rows
-    ]
+    served, default = _served(connection, {(row.name, number) for row in rows for number in (row.desired, row.live)})
+    return [_deployment(row, served, ready(row.name), row.name == default, links) for row in rows]
 
 
-def _served(connection: Connection, wanted: Collection[tuple[str, int | None]]) -> dict[tuple[str, int], shapes.Target]:
-    """What revisions serve, by deployment and number."""
+def _served(
+    connection: Connection, wanted: Collection[tuple[str, int | None]]
+) -> tuple[dict[tuple[str, int], shapes.Target], str | None]:
+    """What revisions serve, by deployment and number; and which of the deployments is the default."""
     revisions, of = state.revisions.c, versions.versions.c
     rows = connection.execute(
-        select(revisions.deployment, revisions.number, of.name, of.number.label("version"))
+        select(
+            revisions.deployment, revisions.number, of.name, of.number.label("version"),
+            state.is_default().label("is_default"),
+        )
         .join(versions.versions, of.id == revisions.version_id)
+        .join(state.deployments, state.deployments.c.name == revisions.deployment)
         .where(tuple_(revisions.deployment, revisions.number).in_(wanted))
-    )
-    return {(row.deployment, row.number): shapes.Target(model=row.name, version=row.version) for row in rows}
+    ).all()  # fmt: skip
+    served = {(row.deployment, row.number): shapes.Target(model=row.name, version=row.version) for row in rows}
+    return served, next((row.deployment for row in rows if row.is_default), None)
 
 
 def _deployment(

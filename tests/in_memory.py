@@ -54,6 +54,9 @@ class InMemory:
         self.asked.append("apply")
         self.runs[order.deployment] = order
 
+    def ready(self, deployment: str) -> int:
+        return self.observe(deployment).ready
+
     def observe(self, deployment: str) -> Observed:
         return self.observe_all().get(deployment, Observed())
 

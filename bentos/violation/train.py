@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from bentos.serving.model import ModelFolder, write_model
 from bentos.serving.pictures import PICTURE
 from bentos.training import cifar10, command
+from bentos.training.command import positive
 from bentos.training.gate import Gate
 from bentos.training.keras_files import keras_bytes, start
 from bentos.training.outcome import Outcome, Progress, table
@@ -173,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     cifar10.add_option(parser)
     parser.add_argument("--seed", type=int, default=7, help="same seed, same data, same model file (default 7)")
-    parser.add_argument("--epochs", type=int, help="how often every picture is seen (default 12; 6 with --small)")
+    parser.add_argument("--epochs", type=positive, help="how often every picture is seen (default 12; 6 with --small)")
     parser.add_argument("--small", action="store_true", help="a few seconds on drawn pictures, for a first look")
     command.add_options(parser, Path(__file__).parent / "model")
     options = parser.parse_args(arguments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -285,38 +286,48 @@ class KubernetesPlatform:
             if self._all_there(order):
                 self._settled[name] = (order, self._changes.get(name, 0), self._answers(name))
 
+    def ready(self, deployment: str) -> int:
+        self._need_lists()
+        live = self._cluster.get("Deployment", self._models_in, deployment)
+        return 0 if live is None else self._serving(deployment, live, self._pods(deployment)).ready
+
     def observe(self, deployment: str) -> Observed:
         self._need_lists()
         live = self._cluster.get("Deployment", self._models_in, deployment)
-        pods = [
-            pod
-            for pod in self._cluster.of("Pod", self._models_in, deployment)
-            if "deletionTimestamp" not in pod["metadata"]
-        ]
+        pods = self._pods(deployment)
         crashes = sum(_restarts(pod) for pod in pods)
-        seen = Observed(
-            crashes=crashes, crash=reasons.last_crash(pods) if crashes else None, applied=self._applied(deployment)
+        seen = Observed() if live is None else self._serving(deployment, live, pods)
+        seen = replace(
+            seen,
+            crashes=crashes,
+            crash=reasons.last_crash(pods) if crashes else None,
+            applied=self._applied(deployment),
         )
         if live is None:
             return self._with_reason(seen, deployment, None, [])
-        newest = _wanted_revision(live)
-        ready: dict[int, int] = {}
-        for pod in pods:
-            if _ready(pod):
-                ready[_revision(pod)] = ready.get(_revision(pod), 0) + 1
-        rolled = _rolled(live)
-        others = {revision: count for revision, count in ready.items() if revision != newest}
-        if others and not rolled:
-            revision = max(others, key=lambda each: (others[each], each))
-            seen = replace(seen, revision=revision, ready=others[revision])
-        elif ready.get(newest):
-            known, checked = self._outcome(deployment, newest, pods)
-            seen = replace(seen, revision=newest, ready=ready[newest] if known else 0, checked=checked)
-        if rolled:
+        if _rolled(live):
             refused = reasons.of_routes(self._cluster.of(self._route_kind, self._models_in, deployment))
             return replace(seen, waiting=refused)
+        newest = _wanted_revision(live)
         new = [pod for pod in pods if _revision(pod) == newest and _making(pod) == _making(live["spec"]["template"])]
         return self._with_reason(seen, deployment, live, new)
+
+    def _pods(self, deployment: str) -> list[Object]:
+        found = self._cluster.of("Pod", self._models_in, deployment)
+        return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+
+    def _serving(self, deployment: str, live: Object, pods: list[Object]) -> Observed:
+        """The revision that has the traffic: its ready pods, and its golden sample's outcome."""
+        newest = _wanted_revision(live)
+        ready = Counter(_revision(pod) for pod in pods if _ready(pod))
+        others = {revision: count for revision, count in ready.items() if revision != newest}
+        if others and not _rolled(live):
+            revision = max(others, key=lambda each: (others[each], each))
+            return Observed(revision=revision, ready=others[revision])
+        if not ready[newest]:
+            return Observed()
+        known, checked = self._outcome(deployment, newest, pods)
+        return Observed(revision=newest, ready=ready[newest] if known else 0, checked=checked)
 
     def observe_all(self) -> dict[str, Observed]:
         self._need_lists()

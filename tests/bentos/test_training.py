@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import subprocess
@@ -138,3 +139,15 @@ def test_what_is_served_needs_nothing_of_training() -> None:
     code = "import sys; import bentos.ranker.service; assert 'bentos.training' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["violation", "image_search"])
+@pytest.mark.parametrize("epochs", ["-1", "0", "many"])
+def test_a_number_of_epochs_that_is_none_is_refused_before_anything_is_fetched(
+    kind: str, epochs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = importlib.import_module(f"bentos.{kind}.train")
+    with pytest.raises(SystemExit) as left:
+        program.main(["--epochs", epochs])
+    assert left.value.code == 2
+    assert "--epochs" in capsys.readouterr().err
