@@ -49,8 +49,8 @@ def metrics(found: Comparison) -> dict[str, float]:
         for budget in found.budgets:
             result[f"accuracy_tuesday_{method}_{budget}"] = float(found.tuesday(method, budget).mean())
     for method in METHODS:
-        largest = found.budgets[-1]
-        result[f"accuracy_monday_{method}_{largest}"] = float(found.monday(method, largest).mean())
+        for budget in reversed(found.budgets):
+            result[f"accuracy_monday_{method}_{budget}"] = float(found.monday(method, budget).mean())
     return result
 
 

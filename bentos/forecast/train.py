@@ -243,6 +243,19 @@ def evaluate(folder: ModelFolder, settings: Settings) -> dict[str, float]:
     return measure(panel, forecaster.booster, settings, forecaster.categories).metrics()
 
 
+_SHORT = {
+    "model": "",
+    "seasonal naive": "_seasonal_naive",
+    "the true mean": "_true_mean",
+    "seasonal naive with drift": "_naive_with_drift",
+    "mean of the last 4 same weekdays": "_mean_of_4",
+    "mean of the last 4 seasons": "_mean_of_4",
+    "model, no plan and no weather": "_no_plan",
+    "model, stores and items unknown": "_unknown_series",
+}
+"""Forecasts as the names of metrics end."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """Forecasts beside what came, on the same days for all: those where every one of them is known."""
@@ -258,9 +271,9 @@ class Scores:
         return cls(name, period, actual[known], {name: values[known] for name, values in forecasts.items()})
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
-        """RMSE and WAPE of the model and of the seasonal naive forecast."""
+        """RMSE and WAPE of every forecast; those of the model and the seasonal naive one first."""
         found = {}
-        for name, short in (("model", ""), ("seasonal naive", "_seasonal_naive"), ("the true mean", "_true_mean")):
+        for name, short in _SHORT.items():
             if name in self.forecasts:
                 found[f"{prefix}rmse{short}"] = rmse(self.actual, self.forecasts[name])
                 found[f"{prefix}wape{short}"] = wape(self.actual, self.forecasts[name])

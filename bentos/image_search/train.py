@@ -135,17 +135,17 @@ def measure(search: Search, world: World) -> dict[str, float]:
         own = labels == number
         metrics[f"precision_10_{name}"] = _precision(found[own], labels[own])
         metrics[f"precision_10_raw_pixels_{name}"] = _precision(raw[own], labels[own])
+        metrics[f"precision_10_random_{name}"] = float(shares[number])
     return metrics
 
 
 def report(metrics: dict[str, float], world: World) -> str:
     """The table of a training."""
-    shares = np.bincount(world.catalogue.labels, minlength=len(world.classes)) / len(world.catalogue)
+    ways = ("_random", "_raw_pixels", "")
     rows: list[list[str | float]] = [
-        [name, float(share), metrics[f"precision_10_raw_pixels_{name}"], metrics[f"precision_10_{name}"]]
-        for name, share in zip(world.classes, shares, strict=True)
+        [name, *(metrics[f"precision_10{way}_{name}"] for way in ways)] for name in world.classes
     ]
-    rows.append(["all", *(metrics[f"precision_10{which}"] for which in ("_random", "_raw_pixels", ""))])
+    rows.append(["all", *(metrics[f"precision_10{way}"] for way in ways)])
     head = [f"precision@10, {len(world.held_out)} held-out pictures", "random", "raw pixels", "network"]
     return (
         table(head, rows, 3)

@@ -46,7 +46,9 @@ def add_options(parser: argparse.ArgumentParser, folder: Path) -> None:
         action="store_true",
         help="with --register: release the model only if it is not worse than the live one on the same held-out data",
     )
-    group.add_argument("--metrics", type=Path, metavar="FILE", help="write the metrics as JSON too")
+    group.add_argument(
+        "--metrics", type=Path, metavar="FILE", help="write the metrics, and what they are of, as JSON too"
+    )
     group.add_argument("--quiet", action="store_true", help="no progress, only the table and what to do next")
 
 
@@ -70,7 +72,14 @@ def finish(outcome: Outcome, options: argparse.Namespace, progress: Progress, ga
         progress(f"logged as run {run} in {uri}")
         outcome = replace(outcome, run=run)
     if options.metrics:
-        body = {"kind": outcome.kind, "digest": folder.digest, "run": run, "metrics": dict(outcome.metrics)}
+        body = {
+            "kind": outcome.kind,
+            "digest": folder.digest,
+            "run": run,
+            "dataset": outcome.dataset_digest,
+            "parameters": dict(outcome.parameters),
+            "metrics": dict(outcome.metrics),
+        }
         options.metrics.write_text(json.dumps(body, indent=2) + "\n")
     print("\nmodel file: " + ", ".join(str(_short(out / "files" / name)) for name in folder.files))
     if not options.register:
