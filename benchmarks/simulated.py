@@ -49,15 +49,10 @@ _RESTORED = {
                  "values": ["False"]},
             ]
         },
-        "delay": {"durationMilliseconds": 5000},
+        "delay": {"durationMilliseconds": 1000},
         "next": {"statusTemplate": _READY},
     },
 }  # fmt: skip
-_OPTIONS = {
-    "apiVersion": "config.kwok.x-k8s.io/v1alpha1",
-    "kind": "KwokConfiguration",
-    "options": {"nodeLeaseParallelism": 16},
-}
 _CHECKED = {"verified": "expected", "rows": 5, "matched": 5}
 
 
@@ -75,7 +70,7 @@ def nodes(cluster: Cluster, pods: int) -> Iterator[None]:
     files = [*sorted((stages / "node" / "fast").glob("*.yaml")), *sorted((stages / "pod" / "fast").glob("*.yaml"))]
     config = cluster.root / "kwok.yaml"
     told = [file.read_text() for file in files if file.stem != "kustomization"]
-    config.write_text("\n---\n".join([*told, json.dumps(_RESTORED), json.dumps(_OPTIONS)]))
+    config.write_text("\n---\n".join([*told, json.dumps(_RESTORED)]))
     addresses = f"10.{node.network.second}.64.0/18"  # behind the node, and of nobody else
     kwok = [
         str(program),
