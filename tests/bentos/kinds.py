@@ -68,12 +68,13 @@ def found() -> dict[str, Kind]:
     return {kind.name: kind for kind in Kinds.load(BENTOS).all}
 
 
-def pairs(places: Sequence[str], always: Sequence[str] = ()) -> list[Any]:
-    """A parameter `KIND-PLACE` for each; those that are left to `make test-all` bear the marker `thorough`."""
+def pairs(places: Sequence[str], always: Sequence[str] = (), names: Sequence[str] = EVERYWHERE) -> list[Any]:
+    """A parameter `KIND-PLACE` for each. All but those of `names`, and those of the places `always`, bear the marker
+    `thorough`: they are left to `make test-all` and, in the cluster, to `make e2e` where CI is content with `names`."""
     made = []
     for name in sorted(found().keys() & KINDS.keys()):  # one without an entry fails a test of its own
         for place in places:
-            thorough = place not in always and name not in EVERYWHERE
+            thorough = place not in always and name not in names
             made.append(pytest.param(f"{name}-{place}", marks=[pytest.mark.thorough] if thorough else []))
     return made
 

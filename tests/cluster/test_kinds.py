@@ -24,7 +24,11 @@ PATIENCE = 800.0
 pytestmark = pytest.mark.timeout(1800)
 
 
-@pytest.fixture(scope="module", params=kinds.pairs(["cluster"], always=["cluster"]))
+FEW = (*kinds.EVERYWHERE, "violation")
+"""Rows and pictures, with and without TensorFlow: those that CI asks."""
+
+
+@pytest.fixture(scope="module", params=kinds.pairs(["cluster"], names=FEW))
 def running(request: pytest.FixtureRequest, installed: Installation, run_folder: Path) -> Iterator[Running]:
     kind, entry, place = kinds.split(request.param)
     folder = kinds.example(kind.name, run_folder)
