@@ -237,7 +237,7 @@ def _with_many(at: Installation, names: Sequence[str], changes: int) -> Many:
         began = time.time()
         _put(at, rest_of_them, 2)
         storm = [_rolled(deployments, name, 2) - began for name in rest_of_them]
-    _all_live(at, rest_of_them, 2)
+    given_up = _all_settled(at, rest_of_them, 2)
     detail = {
         "deployments": len(names),
         "made_by": "PUT /deployments/NAME of one version whose image was built before; nodes and pods by kwok, the "
@@ -251,6 +251,7 @@ def _with_many(at: Installation, names: Sequence[str], changes: int) -> Many:
         "all_asked_for_s": round(asked),
         "all_live_s": round(live),
         f"{len(storm)}_changes_at_once_last_s": round(max(storm), 1),
+        f"{len(storm)}_changes_at_once_given_up": given_up,
         "cores_at_rest": round(rest, 2),
         "cores_while_changing": round(busy, 2),
         "resident_at_the_end_mb": round(pid.resident("VmRSS") / 1_000_000),
@@ -293,6 +294,18 @@ def _all_live(at: Installation, names: Sequence[str], version: int) -> None:
         )
 
     site.wait_for(live, _PATIENCE, f"version {version} is not live everywhere", 2)
+
+
+def _all_settled(at: Installation, names: Sequence[str], version: int) -> int:
+    """How many went back to what they served: the pods were not ready in time, as so many were asked for at once."""
+
+    def settled() -> list[str]:
+        rows = {row["name"]: row for row in at.call("GET", "/deployments")["items"]}
+        back = [name for name in names if rows[name]["state"] == "rolled_back"]
+        live = [n for n in names if rows[n]["state"] == "live" and rows[n]["target"]["version"] == version]
+        return [*back, "all"] if len(back) + len(live) == len(names) else []
+
+    return len(site.wait_for(settled, _PATIENCE, f"version {version} is neither live nor given up everywhere", 2)) - 1
 
 
 def _delete(at: Installation, names: Sequence[str]) -> None:
