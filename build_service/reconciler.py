@@ -157,14 +157,15 @@ class Reconciler:
         assert status.result is not None
         # The same inputs give the same digest each time they are built; `making` tells one time from another.
         result = {**status.result, "making": build.fence}
+        lock = result.pop("lock", None)  # large, and of the version: orders of deployments carry the result
         done = state.change_build(
             connection, build, state="succeeded", stage=None, stages=status.stages, result=result, finished=now(),
             reason=None, code=None, hint=None,
         )  # fmt: skip
         if not done:  # it was told before, or another goes on with it
             return
-        if result.get("lock"):
-            versions.change(connection, build.version_id, lock=result["lock"])
+        if lock:
+            versions.change(connection, build.version_id, lock=lock)
         metrics.BUILDS.labels("succeeded").inc()
         log.info("build succeeded", build=build.id)
 
@@ -437,7 +438,7 @@ class Reconciler:
     ) -> RevisionOrder:
         assert build.result is not None
         with self._database.read() as connection:
-            version = versions.by_id(connection, wanted.version_id)
+            version = replace(versions.by_id(connection, wanted.version_id), lock=None)  # no deployment needs it
             default = state.default_deployment(connection)
         order = RevisionOrder(
             held.name, wanted.number, version, build.result, held.replicas, held.resources, held.strategy, proven,
