@@ -91,7 +91,8 @@ class Installation:
         return list(self.call("GET", f"/deployments/{name}/events")["items"])
 
     def live(self, name: str, version: int | None = None, seconds: float = 300) -> dict[str, Any]:
-        """The deployment, once that version (any) is live and a replica is ready; a failure is told with its events."""
+        """The deployment, once that version (any) is live and a replica is ready; a failure is told with its events.
+        The API may be away meanwhile."""
 
         def look() -> dict[str, Any] | None:
             answer = self.http.get(f"/deployments/{name}")
@@ -102,7 +103,10 @@ class Installation:
             if row["state"] == "live" and row["ready"] and wanted:
                 return row
             number = version if version is not None else row["wanted"]["version"]
-            state = self.version(row["target"]["model"], number)
+            answer = self.http.get(f"/models/{row['target']['model']}/versions/{number}")
+            if answer.status_code != 200:
+                return None
+            state = dict(answer.json())
             assert state["state"] not in ("failed", "rolled_back"), self.story(name, state)
             return None
 
