@@ -26,8 +26,6 @@ BUILDS, MODELS = "/api/v1/namespaces/ekiben-builds", "/api/v1/namespaces/ekiben-
 JOBS = "/apis/batch/v1/namespaces/ekiben-builds/jobs"
 DEPLOYMENTS = "/apis/apps/v1/namespaces/ekiben-models/deployments"
 SERVICES = f"{MODELS}/services"
-# One node of few cores has to hold all: what pods ask for is less than by default, what they may use is not.
-_SETTINGS = {"EKIBEN_MODEL_CPU": "50m", "EKIBEN_BUILD_CPU": "250m"}
 T = TypeVar("T")
 _PROGRAMS = ("apt-get", "go", "unshare", "nsenter")
 
@@ -49,7 +47,7 @@ def installed() -> Iterator[Installation]:
         except SystemExit as error:
             raise Absent(f"no cluster came up: {error}") from error
         parts.say("images are made and pushed, the overlay test is applied")
-        install(cluster, _SETTINGS)
+        install(cluster)
         made = Installation.of(cluster, "benchmarks")
         try:
             yield made
