@@ -287,11 +287,7 @@ def _put(at: Installation, names: Sequence[str], version: int) -> None:
 
 def _all_live(at: Installation, names: Sequence[str], version: int) -> None:
     def live() -> bool:
-        rows = {row["name"]: row for row in at.call("GET", "/deployments")["items"]}
-        return all(
-            rows[name]["state"] == "live" and rows[name]["target"]["version"] == version and rows[name]["ready"]
-            for name in names
-        )
+        return all(_is_live(row, version) and row["ready"] for row in _rows(at, names))
 
     site.wait_for(live, _PATIENCE, f"version {version} is not live everywhere", 2)
 
@@ -299,13 +295,20 @@ def _all_live(at: Installation, names: Sequence[str], version: int) -> None:
 def _all_settled(at: Installation, names: Sequence[str], version: int) -> int:
     """How many went back to what they served: the pods were not ready in time, as so many were asked for at once."""
 
-    def settled() -> list[str]:
-        rows = {row["name"]: row for row in at.call("GET", "/deployments")["items"]}
-        back = [name for name in names if rows[name]["state"] == "rolled_back"]
-        live = [n for n in names if rows[n]["state"] == "live" and rows[n]["target"]["version"] == version]
-        return [*back, "all"] if len(back) + len(live) == len(names) else []
+    def settled() -> bool:
+        return all(row["state"] == "rolled_back" or _is_live(row, version) for row in _rows(at, names))
 
-    return len(site.wait_for(settled, _PATIENCE, f"version {version} is neither live nor given up everywhere", 2)) - 1
+    site.wait_for(settled, _PATIENCE, f"version {version} is neither live nor given up everywhere", 2)
+    return sum(row["state"] == "rolled_back" for row in _rows(at, names))
+
+
+def _rows(at: Installation, names: Sequence[str]) -> list[dict[str, Any]]:
+    rows = {row["name"]: row for row in at.call("GET", "/deployments")["items"]}
+    return [rows[name] for name in names]
+
+
+def _is_live(row: Mapping[str, Any], version: int) -> bool:
+    return bool(row["state"] == "live" and row["target"]["version"] == version)
 
 
 def _delete(at: Installation, names: Sequence[str]) -> None:

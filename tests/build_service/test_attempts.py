@@ -249,7 +249,7 @@ def test_an_image_that_was_made_for_a_revision_and_is_not_found_ends_it(tmp_path
 def test_what_was_locked_is_kept_once_and_is_no_part_of_what_a_deployment_carries(
     tmp_path: Path, database: Database
 ) -> None:
-    # 160 kB for most kinds: with every build's result and every order, it was half of the memory of 500 deployments
+    # It is 160 kB for most kinds, and would be in memory with every order of hundreds of deployments.
     platform = InMemory()
     only = service(tmp_path, database, platform)
     only.round()
