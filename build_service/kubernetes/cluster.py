@@ -57,6 +57,11 @@ class Refused(ClusterError):
     """The API server understood, and will not."""
 
 
+class Forbidden(Refused):
+    """401, 403: the account may not, or an admission rule says no. An API server that has just started says so for a
+    moment too, until it has read the Roles."""
+
+
 class NotThere(Refused):
     """404: there is no such object."""
 
@@ -531,7 +536,8 @@ def _error(method: str, path: str, status: int, body: bytes) -> ClusterError:
         return Unreachable("cluster_gone", words, answered=status)
     if status in (401, 403):
         hint = "Do the Roles of this service's account in the namespace allow it?"
-        return Refused("cluster_forbidden", f"The cluster refuses {method} {path}: {words}", hint=hint, answered=status)
+        detail = f"The cluster refuses {method} {path}: {words}"
+        return Forbidden("cluster_forbidden", detail, hint=hint, answered=status)
     if status == 429 or status >= 500:
         return Unreachable("cluster_unreachable", f"{method} {path}: {status}: {words}", answered=status)
     return Refused("cluster_refused", words, answered=status)

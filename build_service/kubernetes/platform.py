@@ -23,6 +23,7 @@ from build_service.kubernetes.cluster import (
     Cluster,
     ClusterError,
     Conflict,
+    Forbidden,
     NotThere,
     Refused,
     Unreachable,
@@ -50,6 +51,7 @@ _URL_SECONDS = 24 * 3600  # validity of presigned URLs: a build may wait for a n
 _ASK_SECONDS = 2.0  # to ask a pod for the outcome of its golden sample
 _LARGEST_ANSWER = 1 << 20
 _CONFLICTS = 3  # attempts at an object that others write too
+_ROLES_SECONDS = 30.0  # an API server that has just started may not know its Roles yet
 _TAIL_LINES = 200
 _LOG_SECONDS = 1.0  # between two looks at a log that is followed
 _RESULT_SECONDS = 0.2  # between two looks for the result of a build that is at its last step
@@ -141,9 +143,13 @@ class KubernetesPlatform:
         except Conflict:  # another replica was faster, or the one before is still being deleted
             self._cluster.read("Job", self._builds_in, names.job(order.id, order.attempt))
         except Refused as error:
-            self._refused_builds[order.id, order.attempt] = Failure(
+            failure = Failure(
                 "build_not_started", f"The cluster refuses the build's Job: {error.detail}", hint=error.hint, user=False
             )
+            patience = _ROLES_SECONDS if isinstance(error, Forbidden) else 0.0
+            if not self._lasts((order.id, order.attempt, failure.code), Finding(failure, patience)):
+                raise Unreachable("cluster_unreachable", failure.message, hint=error.hint) from error
+            self._refused_builds[order.id, order.attempt] = failure
 
     def build_status(self, order_id: str, attempt: int) -> BuildStatus:
         self._need_lists()
@@ -178,6 +184,7 @@ class KubernetesPlatform:
         key = (order_id, attempt)
         self._refused_builds.pop(key, None)
         self._looked.pop(key, None)
+        self._forget_findings(*key)
         self._steps.forget(order_id, attempt)
         done = self._results.pop(key, None) is not None  # its pod may be about to end
         self._need_lists()
@@ -349,8 +356,7 @@ class KubernetesPlatform:
         with self._lock:
             for memory in (self._wanted, self._settled, self._refusals):
                 memory.pop(deployment, None)
-            for seen in [seen for seen in self._seen if seen[0] == deployment]:
-                del self._seen[seen]
+            self._forget_findings(deployment)
             for key in [key for key in self._checked if key[0] == deployment]:
                 del self._checked[key]
 
@@ -509,6 +515,10 @@ class KubernetesPlatform:
             return False
         since = self._seen.setdefault(key, time.monotonic())
         return time.monotonic() - since >= finding.patience
+
+    def _forget_findings(self, *subject: str | int) -> None:
+        for key in [key for key in self._seen if key[: len(subject)] == subject]:
+            del self._seen[key]
 
     def _failed_pulls(self, namespace: str, pod: Object) -> int:
         return sum(

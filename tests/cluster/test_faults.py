@@ -115,6 +115,22 @@ def test_the_api_server_is_restarted(installed: Installation, calls: Caller, mod
     assert live.build["attempts"] == 1
 
 
+def test_an_api_server_that_does_not_know_its_roles_yet_costs_no_attempt(
+    installed: Installation, calls: Caller, model: Trained, name: str
+) -> None:
+    """One that has just started says 403 for a moment, whatever the Roles are."""
+    role = installed.cluster.get("rolebinding", "ekiben", "-n", BUILDS)
+    installed.cluster.kubectl("-n", BUILDS, "delete", "rolebinding", "ekiben")
+    try:
+        pushed = installed.push(model.file, name, sample=model.sample)
+        build = eventually(lambda: waiting(installed, pushed["build"]))
+        assert 'cannot create resource "jobs"' in build["stages"][0]["message"]
+    finally:
+        installed.cluster.apply({key: role[key] for key in ("apiVersion", "kind", "roleRef", "subjects")} | named(role))
+    live = converged(installed, name, model)
+    assert live.build["attempts"] == 1
+
+
 def test_the_kubelet_is_restarted(installed: Installation, calls: Caller, model: Trained, name: str) -> None:
     """A kubelet that starts calls each pod unready until it has asked it: an ingress may find nobody for a second."""
     calls.excused = "503 no available server"
@@ -155,6 +171,15 @@ def test_postgresql_is_restarted(installed: Installation, calls: Caller, model: 
     assert live.build["attempts"] == 1
     pods = installed.cluster.get("pods", "-n", SPACE, "-l", SERVICE)["items"]
     assert [pod["status"]["containerStatuses"][0]["restartCount"] for pod in pods] == [0]
+
+
+def waiting(site: Installation, build: str) -> dict[str, Any]:
+    found = dict(site.call("GET", f"/builds/{build}"))
+    return found if found["stage"] == "waiting" else {}
+
+
+def named(obj: dict[str, Any]) -> dict[str, Any]:
+    return {"metadata": {key: obj["metadata"][key] for key in ("name", "namespace")}}
 
 
 def twin_of(job: dict[str, Any]) -> dict[str, Any]:
