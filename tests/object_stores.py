@@ -46,6 +46,7 @@ class Server:
     program: str
     folder: Path
     tls: Path | None = None  # folder of public.crt and private.key
+    host: str = "127.0.0.1"
     environment: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -56,7 +57,7 @@ class Server:
 
     @property
     def endpoint(self) -> str:
-        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
+        return f"{'http' if self.tls is None else 'https'}://{self.host}:{self.port}"
 
     @property
     def settings(self) -> dict[str, str]:
@@ -99,11 +100,12 @@ class Server:
         return store
 
     def _command(self) -> list[str]:
-        data, address = str(self.folder / "data"), f"127.0.0.1:{self.port}"
+        data, address = str(self.folder / "data"), f"{self.host}:{self.port}"
         if self.program == "minio":
             certificates = ["--certs-dir", str(self.tls)] if self.tls is not None else []
             return [self._program, "server", "--quiet", "--address", address, *certificates, data]
-        return [self._program, "--port", address, "posix", data]
+        pair = ["--cert", str(self.tls / "public.crt"), "--key", str(self.tls / "private.key")] if self.tls else []
+        return [self._program, "--port", address, *pair, "posix", data]
 
     def _answers(self) -> bool:
         with httpx.Client(trust_env=False, verify=False, timeout=2.0) as client:

@@ -25,6 +25,15 @@ _QUOTA = re.compile(
 )
 _NO_QUOTA_VALUE = re.compile(r"failed quota: (?P<name>[^:]+): must specify (?P<what>.+)")
 _NOT_THERE = ("not found", "manifest unknown", "name unknown", "does not exist", "404")
+# A step speaks as `ekiben containerize` does, of options; whoever reads it here has settings and Secrets.
+_HINTS = {
+    "registry_unauthorized": "Is the user of the Secret that EKIBEN_REGISTRY_PUSH_SECRET names the right one, and its "
+    "password still valid?",
+    "registry_denied": "The user of the Secret that EKIBEN_REGISTRY_PUSH_SECRET names needs the right to push to "
+    "EKIBEN_REGISTRY_REPOSITORY.",
+    "registry_certificate": "Put the registry's authority into the ConfigMap that EKIBEN_CA_CONFIGMAP names.",
+    "registry_speaks_http": "Give the registry a certificate, or allow plain http: EKIBEN_REGISTRY_INSECURE=true.",
+}
 _NOT_ALLOWED = ("unauthorized", "authorization failed", "denied", "forbidden", "401", "403", "no basic auth")
 
 
@@ -306,11 +315,9 @@ def _of_step(ended: Object, container: Object, pod: Object) -> Failure:
         )
     said = _termination_words(ended)
     if said is not None:
-        user = code in (names.EXIT_USER, names.EXIT_LIMIT)
-        return Failure(
-            str(said.get("code") or "build_failed"), str(said["message"]), said.get("hint"),
-            str(said.get("stage") or step), user=user,
-        )  # fmt: skip
+        user, what = code in (names.EXIT_USER, names.EXIT_LIMIT), str(said.get("code") or "build_failed")
+        hint = _HINTS.get(what, said.get("hint"))
+        return Failure(what, str(said["message"]), hint, str(said.get("stage") or step), user=user)
     return Failure(
         "build_crashed",
         f"The step {step} of the build ended without a word (exit code {code}).",

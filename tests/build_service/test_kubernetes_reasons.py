@@ -122,6 +122,20 @@ def test_a_step_of_a_build_speaks_for_itself(code: int, user: bool) -> None:
     assert failure.user is user
 
 
+@pytest.mark.parametrize(
+    ("code", "setting"),
+    [
+        ("registry_unauthorized", "EKIBEN_REGISTRY_PUSH_SECRET"),
+        ("registry_certificate", "EKIBEN_CA_CONFIGMAP"),
+        ("registry_speaks_http", "EKIBEN_REGISTRY_INSECURE"),
+    ],
+)
+def test_a_hint_of_the_command_line_becomes_one_about_settings(code: str, setting: str) -> None:
+    words = json.dumps({"stage": "push", "code": code, "message": "said no", "hint": "log in first: docker login HOST"})
+    pod = build_pod("assemble", {"exitCode": 2, "reason": "Error", "message": words})
+    assert setting in str(reasons.of_build({}, pod, seconds=60).hint)
+
+
 def test_ends_of_a_build_that_say_nothing_are_told_apart() -> None:
     memory = reasons.of_build({}, build_pod("fetch", {"exitCode": 137, "reason": "OOMKilled"}), seconds=60)
     assert (memory.code, memory.user) == ("build_out_of_memory", True)

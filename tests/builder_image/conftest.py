@@ -6,81 +6,41 @@ import base64
 import hashlib
 import os
 import shutil
-import socket
-import subprocess
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from builder_image import image, installer, layers, layout, tarball
 from builder_image.process import Processes, tool_environment
 from registry.digest import canonical_json
 from registry.manifest import Attachment, File, Manifest
+from tests.servers import DockerRegistry
 
-
-@dataclass
-class RegistryServer:
-    host: str
-    folder: Path
-    log: Path
-
-    def requests(self, method: str) -> list[str]:
-        """Paths of the requests with a method, from the registry's own access log."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        return [line.split(f'"{method} ')[1].split(" ")[0] for line in lines if f'"{method} ' in line]
-
-
-StartRegistry = Callable[..., RegistryServer]
+StartRegistry = Callable[..., DockerRegistry]
 
 
 @pytest.fixture
 def start_registry(tmp_path: Path) -> Iterator[StartRegistry]:
-    """Start Debian's docker-registry on a free loopback port; arguments are added to its configuration (YAML)."""
-    program = shutil.which("docker-registry")
-    if program is None:
+    """Start Debian's docker-registry on a free loopback port; arguments are those of DockerRegistry."""
+    if shutil.which("docker-registry") is None:
         pytest.skip("docker-registry is not installed (apt-get install docker-registry)")
-    running: list[subprocess.Popen[bytes]] = []
+    running: list[DockerRegistry] = []
 
-    def start(auth: str = "", http: str = "", scheme: str = "http", verify: Any = True) -> RegistryServer:
-        folder = tmp_path / f"registry-{len(running)}"
-        folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        config = folder / "config.yml"
-        config.write_text(
-            "version: 0.1\nlog: {level: warn}\n"
-            f"storage: {{filesystem: {{rootdirectory: {folder / 'data'}}}, delete: {{enabled: true}}}}\n"
-            f"http:\n  addr: 127.0.0.1:{port}\n  secret: fixed\n{http}{auth}"
-        )
-        log = folder / "log"
-        with log.open("wb") as out:
-            process = subprocess.Popen([program, "serve", str(config)], stdout=out, stderr=out)
-        running.append(process)
-        for _ in range(200):
-            try:
-                httpx.get(f"{scheme}://127.0.0.1:{port}/v2/", verify=verify, trust_env=False)
-                break
-            except httpx.TransportError:
-                if process.poll() is not None:
-                    raise RuntimeError(f"docker-registry ended: {log.read_text()}") from None
-                time.sleep(0.05)
-        return RegistryServer(f"127.0.0.1:{port}", folder, log)
+    def start(**how: Any) -> DockerRegistry:
+        running.append(DockerRegistry(tmp_path / f"registry-{len(running)}", **how))
+        return running[-1]
 
     yield start
-    for process in running:
-        process.terminate()
-        process.wait(10)
+    for server in running:
+        server.close()
 
 
 @pytest.fixture
-def registry_server(start_registry: StartRegistry) -> RegistryServer:
+def registry_server(start_registry: StartRegistry) -> DockerRegistry:
     return start_registry()
 
 

@@ -34,6 +34,7 @@ from builder_image.remote import Credentials, Reference, Registry
 from builder_image.validate import validate
 from registry.digest import canonical_json, of_bytes
 from registry.errors import EkibenError, InfrastructureError, UserError
+from tests.servers import BCRYPT_OF_HUNTER2
 
 needs_registry = pytest.mark.needs_registry
 
@@ -615,7 +616,7 @@ def test_credentials_stay_with_the_registry_they_are_for(uploads: Uploads) -> No
 @needs_registry
 def test_a_password_is_asked_for_and_given(start_registry: Any, make_image: Any, tmp_path: Path) -> None:
     passwords = tmp_path / "htpasswd"
-    passwords.write_text(f"me:{_BCRYPT_OF_HUNTER2}\n")
+    passwords.write_text(f"me:{BCRYPT_OF_HUNTER2}\n")
     server = start_registry(auth=f"auth: {{htpasswd: {{realm: test, path: {passwords}}}}}\n")
     with Registry(server.host, Credentials("me", "hunter2")) as registry:
         pushed = remote.push_image(registry, make_image(), _ref(server.host))
@@ -626,9 +627,6 @@ def test_a_password_is_asked_for_and_given(start_registry: Any, make_image: Any,
                 remote.push_image(registry, make_image(), _ref(server.host))
         assert refused.value.code == "registry_unauthorized"
         assert "docker login" in (refused.value.hint or "")
-
-
-_BCRYPT_OF_HUNTER2 = "$2y$05$abcdefghijklmnopqrstuuoXuKqgZXLiJqzfmMXDDhSFPIvxV7t8."
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import pytest
 from builder_image import layout, remote, validate
 from builder_image.process import tool_environment
 from tests.builder_image.links import Links
+from tests.servers import BCRYPT_OF_HUNTER2
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.needs_registry, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -39,7 +40,6 @@ class Tiny:
     def predict(self, inputs: list[float]) -> dict[str, list[float]]:
         return {{"outputs": inputs}}
 """
-_BCRYPT_OF_HUNTER2 = "$2y$05$abcdefghijklmnopqrstuuoXuKqgZXLiJqzfmMXDDhSFPIvxV7t8."
 _CONTAINER = """
 set -e
 mount -t proc proc /proc
@@ -455,7 +455,7 @@ def test_with_presigned_urls_of_a_real_store_and_a_registry_that_asks_for_a_pass
 ) -> None:
     from tests.object_stores import Server
 
-    (tmp_path / "htpasswd").write_text(f"builder:{_BCRYPT_OF_HUNTER2}\n")
+    (tmp_path / "htpasswd").write_text(f"builder:{BCRYPT_OF_HUNTER2}\n")
     closed = start_registry(auth=f"auth: {{htpasswd: {{realm: test, path: {tmp_path / 'htpasswd'}}}}}\n")
     auth = {"auths": {closed.host: {"auth": base64.b64encode(b"builder:hunter2").decode()}}}
     (tmp_path / "config.json").write_text(json.dumps(auth))

@@ -280,6 +280,7 @@ def _up(node: Node, steps: _Steps) -> Cluster:
             if not (plugins / program.name).exists():
                 (plugins / program.name).symlink_to(program)
         (root / "containerd.toml").write_text(tomli_w.dumps(_containerd(node, refs["pause"])))
+        speak_to(root, cluster.registry.pull)
         (root / "net.d").mkdir(exist_ok=True)
         (root / "net.d" / "pods.conflist").write_text(json.dumps(_pod_network(node)))
         node.start("containerd", ["containerd", f"--config={root}/containerd.toml"])
@@ -319,6 +320,16 @@ def _cluster(node: Node) -> Cluster:
     )
 
 
+def speak_to(root: Path, registry: str, authority: Path | None = None) -> None:
+    """How the node's containerd reaches a registry (HOST:PORT), from its next pull on: by plain http, or by TLS with a
+    certificate of that authority."""
+    folder = root / "certs.d" / registry
+    folder.mkdir(parents=True, exist_ok=True)
+    server = f"http://{registry}" if authority is None else f"https://{registry}"
+    how = {"capabilities": ["pull", "resolve"], **({"ca": str(authority)} if authority is not None else {})}
+    (folder / "hosts.toml").write_text(tomli_w.dumps({"server": server, "host": {server: how}}))
+
+
 def _containerd(node: Node, pause: str) -> dict[str, Any]:
     root = node.root
     return {
@@ -338,9 +349,7 @@ def _containerd(node: Node, pause: str) -> dict[str, Any]:
                     "default_runtime_name": "runc",
                     "runtimes": {"runc": {"runtime_type": "io.containerd.runc.v2"}},
                 },
-                "registry": {
-                    "mirrors": {f"{node.network.node}:5000": {"endpoint": [f"http://{node.network.node}:5000"]}}
-                },
+                "registry": {"config_path": str(root / "certs.d")},
             },
         },
     }

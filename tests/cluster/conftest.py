@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -61,11 +62,18 @@ def cluster() -> Iterator[Cluster]:
         nothing: dict[str, Any] = {"variables": {}, "files": {}, "ca_bundle": None, "ca_place": ""}
         yield Cluster(Path(named), ingress, Registry(registry, registry), nothing, Path(program))
         return
+    with brought_up(clusters.ROOT) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def brought_up(root: Path) -> Iterator[Cluster]:
+    """A cluster under `root`; the one that was there stays afterwards."""
     need_what_a_cluster_needs()
-    there = clusters.find(clusters.ROOT)
-    yield clusters.up(clusters.ROOT, print)
+    there = clusters.find(root)
+    yield clusters.up(root, print)
     if there is None and not os.environ.get("EKIBEN_CLUSTER_KEEP"):
-        clusters.down(clusters.ROOT)
+        clusters.down(root)
 
 
 @pytest.fixture

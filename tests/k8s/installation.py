@@ -25,7 +25,7 @@ from tests.cluster.workloads import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "localhost"
-"""EKIBEN_INGRESS_HOST of the overlay: calls to the ingress' address bear it in their header Host."""
+"""EKIBEN_INGRESS_HOST of the overlay `test`: calls to the ingress' address bear it in their header Host."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,17 @@ class Installation:
 
     cluster: cluster.Cluster
     token: str
+    host: str = HOST
     http: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        headers = {"Host": HOST, "Authorization": f"Bearer {self.token}"}
+        headers = {"Host": self.host, "Authorization": f"Bearer {self.token}"}
         self.http = httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=120)
 
     @classmethod
-    def of(cls, target: cluster.Cluster, user: str = "tests") -> Installation:
+    def of(cls, target: cluster.Cluster, user: str = "tests", host: str = HOST) -> Installation:
         """What `install` made, with a new token."""
-        made = cls(target, new_token(target, user))
+        made = cls(target, new_token(target, user), host)
         eventually(lambda: made.http.get("/readyz").status_code == 200, seconds=120)
         return made
 
@@ -144,7 +145,12 @@ def install(target: cluster.Cluster, settings: Mapping[str, str] | None = None) 
     push_images(target, site)
     (site / "authorities.yaml").write_text(json.dumps(authorities(target)))
     complete(site, {**surroundings(target), **(settings or {})})
-    command = [sys.executable, "-m", "scripts.kubernetes", "up", "--overlay", str(site)]
+    bring_up(target, site)
+
+
+def bring_up(target: cluster.Cluster, overlay: Path) -> None:
+    """`make up PLATFORM=kubernetes OVERLAY=…`"""
+    command = [sys.executable, "-m", "scripts.kubernetes", "up", "--overlay", str(overlay)]
     done = subprocess.run(command, cwd=ROOT, env=environment(target), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -162,11 +168,19 @@ def environment(target: cluster.Cluster) -> dict[str, str]:
 
 
 def push_images(target: cluster.Cluster, site: Path) -> None:
-    """`make images`, pushed to where the nodes pull, and an overlay in `site` that pins them by digest."""
-    argv = ["--push", target.registry.push, "--insecure", "--kustomization", str(site)]
+    """`make images`, pushed to where the nodes pull, and an overlay in `site` that pins them by digest in `test`."""
+    make_images(["--push", target.registry.push, "--insecure"], site)
+
+
+def make_images(
+    argv: Sequence[str], site: Path, overlay: Path | None = None, env: Mapping[str, str] | None = None
+) -> None:
+    """`make images` of this checkout, and an overlay in `site` that pins them by digest in `overlay`."""
+    command = [sys.executable, "-m", "scripts.images", *argv, "--kustomization", str(site)]
+    command += ["--overlay", str(overlay)] if overlay is not None else []
     with (programs.cache() / ".images.lock").open("w") as lock:  # several clusters may be tested at once
         fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run([sys.executable, "-m", "scripts.images", *argv], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(env or {})})
 
 
 def surroundings(target: cluster.Cluster) -> dict[str, str]:
@@ -196,9 +210,9 @@ def complete(site: Path, settings: Mapping[str, str]) -> None:
     file.write_text(json.dumps(overlay))
 
 
-def authorities(target: cluster.Cluster) -> dict[str, object]:
-    """The ConfigMaps `ekiben-ca`: the authorities that this machine trusts, a company's proxy among them."""
-    text = Path(target.environment["ca_bundle"] or certifi.where()).read_text()
+def authorities(target: cluster.Cluster, more: str = "") -> dict[str, object]:
+    """The ConfigMaps `ekiben-ca`: the authorities that this machine trusts, a company's proxy among them, and more."""
+    text = Path(target.environment["ca_bundle"] or certifi.where()).read_text() + more
     made = [
         {
             "apiVersion": "v1",
