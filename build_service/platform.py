@@ -93,7 +93,8 @@ class Observed:
     `revision` has the traffic and `ready` processes; `checked` is its golden sample's outcome. `failure` says why the
     revision `failed` cannot take the traffic. `crashes` counts the ends of processes that nobody asked for, of which
     `crash` is the last. `applied` are the terms of the order that the platform keeps to; None: it cannot tell, and is
-    told again in every round. `waiting` says what keeps the wanted revision, when that may pass by itself.
+    told again in every round. `waiting` says what keeps the wanted revision, when that may pass by itself. `behind`:
+    the platform is late in starting or ending processes, which is not counted against the time that the revision has.
     """
 
     revision: int | None = None
@@ -105,6 +106,7 @@ class Observed:
     crash: Failure | None = None
     applied: str | None = None
     waiting: Failure | None = None
+    behind: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ _LEASE_SECONDS = 30.0
 # not use them all up.
 _RETRY_FIRST, _RETRY_NEXT = 2.0, 60.0
 # What a build waits for, as nothing is wrong with it: the attempt is not lost.
+_BEHIND = 0.75  # of its time a revision has at least, when its platform has caught up: not written in every round
 _AWAY = frozenset({"cluster_unreachable", "cluster_error", "store_unavailable"})
 
 
@@ -270,8 +271,12 @@ class Reconciler:
             self._went_live(held, wanted, observed)
         else:
             with self._database.read() as connection:
-                late = state.past_deadline(connection, held.name, wanted.number)
-            if not late:
+                left = state.seconds_left(connection, held.name, wanted.number)
+            if observed.behind and left < self._settings.ready_seconds * _BEHIND:
+                with self._database.write() as connection:
+                    deadline = now() + self._settings.ready_seconds
+                    state.change_revision(connection, held.name, wanted.number, deadline=deadline)
+            if left > 0 or observed.behind:
                 self._tell_waiting(held, observed)
             else:
                 failure = observed.waiting or Failure(

@@ -596,10 +596,10 @@ def change_revision(connection: Connection, name: str, number: int, **values: An
     )
 
 
-def past_deadline(connection: Connection, name: str, number: int) -> bool:
-    """Whether a revision has had the time it has to become ready."""
-    late = select(revisions.c.deadline < now()).where(revisions.c.deployment == name, revisions.c.number == number)
-    return bool(connection.execute(late).scalar_one())
+def seconds_left(connection: Connection, name: str, number: int) -> float:
+    """Of the time that a revision has to become ready."""
+    left = select(revisions.c.deadline - now()).where(revisions.c.deployment == name, revisions.c.number == number)
+    return float(connection.execute(left).scalar_one())
 
 
 def claim_deployment(connection: Connection, name: str, owner: str, lease_seconds: float) -> Deployment | None:

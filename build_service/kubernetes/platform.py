@@ -501,6 +501,10 @@ class KubernetesPlatform:
             revision = _wanted_revision(live)
             pulls = {pod["metadata"]["uid"]: self._failed_pulls(self._models_in, pod) for pod in pods}
             finding = reasons.of_rollout(live, pods, pulls)
+        if finding is None and live is not None and all(_ready(pod) for pod in pods):
+            behind = reasons.behind()
+            lasts = self._lasts((deployment, _wanted_revision(live), behind.failure.code), behind)
+            return replace(seen, behind=True, waiting=behind.failure if lasts else None)
         if finding is None or revision is None:
             return seen
         if finding.failure.code == "image_not_found" and live is not None:

@@ -298,6 +298,20 @@ def of_build(job: Object, pod: Object | None, *, seconds: float) -> Failure:
     )
 
 
+def behind() -> Finding:
+    """Every pod of a revision that there is is ready, or there is none, and no condition of it says why."""
+    return Finding(
+        Failure(
+            "controllers_behind",
+            "The cluster has not gone on with the rollout yet: it is the turn of its own controllers.",
+            hint="Many changes at once keep them busy, or kube-controller-manager is away. This is not counted against "
+            "the time that a revision has to become ready.",
+            user=False,
+        ),
+        _SETTLES,
+    )
+
+
 def disrupted(pod: Object) -> bool:
     """The cluster itself ended the pod: its node was drained, or went away."""
     condition = _condition(pod, "DisruptionTarget")

@@ -196,6 +196,40 @@ class Short(InMemory):
         return {name: replace(seen, ready=self.ready, applied=None, waiting=why) for name, seen in found.items()}
 
 
+class Behind(InMemory):
+    """Starts nothing of what is asked of it, and says in `late` whether that is its own fault."""
+
+    late = True
+
+    def observe_all(self) -> dict[str, Observed]:
+        return {name: Observed(applied=order.terms, behind=self.late) for name, order in self.runs.items()}
+
+
+def test_time_in_which_the_platform_is_behind_is_not_counted_against_a_revision(
+    tmp_path: Path, database: Database
+) -> None:
+    platform = Behind()
+    only = service(tmp_path, database, platform)
+    only.round()
+    platform.end(BUILD, 1)
+
+    def later() -> tuple[str, float]:
+        """State and deadline after the time of the revision has passed once more."""
+        with database.write() as connection:
+            connection.execute(update(state.revisions).values(deadline=now() - 1))
+        only.round()
+        with database.read() as connection:
+            left = state.seconds_left(connection, "churn", 1)
+            return state.need_deployment(connection, "churn").state, left
+
+    for _ in range(4):
+        only.round()
+    assert [later()[0] for _ in range(3)] == ["rolling"] * 3
+    assert later()[1] > Settings().ready_seconds * 0.7  # most of it is there when the platform has caught up
+    platform.late = False
+    assert later()[0] == "failed"
+
+
 class Refusing(InMemory):
     """Finds no image that is lost."""
 

@@ -245,6 +245,18 @@ def test_what_no_node_can_give_is_the_reason_for_waiting(place: Place, name: str
     assert waiting.message.startswith("0 free of 1")
 
 
+def test_a_controller_that_is_away_is_the_reason_for_waiting_and_no_fault_of_the_revision(
+    place: Place, name: str
+) -> None:
+    place.roll(place.order(name, 1))
+    with place.cluster.without("kube-controller-manager"):
+        waiting = place.until(name, lambda seen: seen.waiting is not None, place.order(name, 2))
+        assert waiting.waiting is not None
+        assert (waiting.waiting.code, waiting.behind, waiting.revision) == ("controllers_behind", True, 1)
+    place.roll(place.order(name, 2))
+    assert not place.platform.observe(name).behind
+
+
 def test_a_used_up_quota_is_told_and_asked_before_a_build(place: Place, name: str) -> None:
     quota = {
         "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "small"},
