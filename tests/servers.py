@@ -59,8 +59,9 @@ class PostgreSQL:
         return f"postgresql+psycopg://ekiben@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
+        addresses = ",".join(dict.fromkeys(("127.0.0.1", self.host)))
         self._process = subprocess.Popen(
-            [_needed("postgres"), "-D", self._folder / "data", "-p", str(self.port), "-h", f"127.0.0.1,{self.host}",
+            [_needed("postgres"), "-D", self._folder / "data", "-p", str(self.port), "-h", addresses,
              "-k", self._folder, "-F", "-c", "max_connections=200"],
             stdout=subprocess.DEVNULL, stderr=(self._folder / "log").open("ab"), user=self._user, cwd=self._folder,
         )  # fmt: skip
