@@ -12,7 +12,7 @@ IMAGES ?=
 KINDS ?=
 LOCKS := $(wildcard bentos/*/requirements.in)
 
-.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all conformance lint lock openapi train examples bench bench-build bench-upload bench-serve bench-models bench-cluster clean
+.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all conformance lint lock outdated openapi train examples bench bench-build bench-upload bench-serve bench-models bench-cluster clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -71,8 +71,11 @@ lint: setup ## ruff, mypy, import-linter, and that generated files are current
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m scripts.generated --check
 
-lock: ## resolve every lock again (needs the package index)
+lock: ## resolve every lock again, once a month (needs the package index)
 	@$(BIN)/python -m scripts.generated --locks
+
+outdated: setup ## list what is out of date in the locks, and what holds it back (needs the package index)
+	@$(BIN)/python -m scripts.outdated
 
 openapi: setup ## write docs/openapi.json
 	@$(BIN)/python -m scripts.generated --write

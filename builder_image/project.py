@@ -24,7 +24,7 @@ from builder_image.installer import Tools
 from builder_image.spec import BuildSpec
 from registry.errors import UserError
 
-BENTOML = "1.4.39"
+BENTOML = "1.4.40"
 """For projects that do not say which: what the kinds are served with. The builder itself needs none."""
 _OLDEST_BENTOML = Version("1.4")
 _REQUIREMENT_FILES = ("pylock.toml", "uv.lock", "requirements.txt")

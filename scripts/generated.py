@@ -32,7 +32,7 @@ def main() -> int:
     choice.add_argument("--locks", nargs="*", metavar="KIND")
     arguments = parser.parse_args()
     if arguments.locks is not None:
-        for target, argv in _locks():
+        for target, argv in locks():
             if arguments.locks and target.parent.name not in arguments.locks:
                 continue
             print(f"resolving {target.relative_to(ROOT)} …", flush=True)
@@ -54,15 +54,15 @@ def main() -> int:
     return 1 if stale else 0
 
 
-def _uv() -> str:
+def uv() -> str:
     beside = Path(sys.executable).with_name("uv")
     return str(beside) if beside.exists() else (shutil.which("uv") or "uv")
 
 
-def _locks() -> Iterator[tuple[Path, list[str]]]:
+def locks() -> Iterator[tuple[Path, list[str]]]:
     """Each lock and the command that makes it. No lock names the index that it was resolved with."""
     common = [
-        _uv(), "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--python-version", "3.11",
+        uv(), "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--python-version", "3.11",
         "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", "--no-emit-package", "ekiben",
     ]  # fmt: skip
     yield (
@@ -79,7 +79,7 @@ def _locks() -> Iterator[tuple[Path, list[str]]]:
 
 def _stale_locks() -> Iterator[Path]:
     """Locks that do not satisfy their inputs any more: resolving again, with the lock's pins, would change them."""
-    for target, argv in _locks():
+    for target, argv in locks():
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder, target.name)
             if target.exists():

@@ -228,7 +228,7 @@ def _application(service: Any, settings: Settings) -> tuple[Any, Settings]:
     if "timeout" in service.config.get("traffic", {}):
         settings = replace(settings, request_seconds=min(settings.request_seconds, factory.timeout))
     # The wrapper keeps the time. BentoML's own layer would start a task and a timer for each request, and when an
-    # application raises before it answers (1.4.39) it waits for its whole bound.
+    # application raises before it answers (1.4.40) it waits for its whole bound.
     factory.timeout = None
     return factory(), settings
 

@@ -1,6 +1,6 @@
 """Finds the number that is NaN or infinite in what a service returned, before it is written as JSON.
 
-BentoML (1.4.39) and pydantic write such a number as `null` in most places (floats in objects, arrays, data frames),
+BentoML (1.4.40) and pydantic write such a number as `null` in most places (floats in objects, arrays, data frames),
 where it can no longer be told from an honest `null`. So the gate looks at the value itself.
 """
 

@@ -1,6 +1,6 @@
 """Lets a service read its own files where its folder lies below one whose name starts with a dot.
 
-BentoML (1.4.39, `resolve_user_filepath`) refuses a file of the service's own folder when any folder above it is hidden,
+BentoML (1.4.40, `resolve_user_filepath`) refuses a file of the service's own folder when any folder above it is hidden,
 as `~/.ekiben` is: `Image().requirements_file("requirements.txt")` then fails at import. The rule is meant for the path
 that the user wrote, so here it is applied to that path only. Needs nothing but the standard library and BentoML: the
 builder's inspector loads this file by its path.

@@ -334,7 +334,7 @@ class Project:
 def project(body: str) -> bytes:
     return tar(
         ("p/bentofile.yaml", b"service: service:Project\n"),
-        ("p/requirements.txt", b"bentoml==1.4.39\n"),
+        ("p/requirements.txt", b"bentoml==1.4.40\n"),
         ("p/service.py", SERVICE.format(body=body).encode()),
     )
 

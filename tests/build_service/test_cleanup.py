@@ -46,7 +46,7 @@ class Project:
 """
     files = {
         "p/bentofile.yaml": "service: service:Project\n",
-        "p/requirements.txt": "bentoml==1.4.39\n",
+        "p/requirements.txt": "bentoml==1.4.40\n",
         "p/service.py": service,
     }
     out = io.BytesIO()

@@ -26,7 +26,7 @@ def whole(settings: Settings, version: Version) -> str:
 
 def test_what_a_build_resolved_makes_no_other_build_of_the_version_that_it_was_of() -> None:
     """A deployment that gets more replicas asks for the same build again, once the first has left its lock."""
-    built = dataclasses.replace(VERSION, lock="bentoml==1.4.39 --hash=sha256:00\n")
+    built = dataclasses.replace(VERSION, lock="bentoml==1.4.40 --hash=sha256:00\n")
     for settings in (cluster(), Settings()):
         assert whole(settings, VERSION) == whole(settings, built)
 

@@ -16,7 +16,7 @@ from builder_image.environment import Environment
 from builder_image.installer import Tools
 from registry.errors import UserError
 
-LOCK = lock.parse("bentoml==1.4.39 --hash=sha256:" + "a" * 64 + "\n")
+LOCK = lock.parse("bentoml==1.4.40 --hash=sha256:" + "a" * 64 + "\n")
 SERVICE = """
 import bentoml
 
@@ -79,7 +79,7 @@ def test_a_service_reads_its_own_files_below_a_hidden_folder(
         "@bentoml.service(",
         'image = bentoml.images.Image().requirements_file("requirements.txt")\n\n@bentoml.service(image=image, ',
     )
-    wanted = recipe(tmp_path / "kind", trusted=False, service_py=service, requirements_txt="bentoml==1.4.39\n")
+    wanted = recipe(tmp_path / "kind", trusted=False, service_py=service, requirements_txt="bentoml==1.4.40\n")
     own_files = Path(__file__).parents[2] / "bentos" / "serving" / "own_files.py"
     made = ensure(replace(wanted, own_files=own_files), environment, tmp_path / ".hidden", tools)
     assert made.predict == "/predict"

@@ -37,7 +37,7 @@ def kind(tmp_path: Path) -> Path:
     (folder / "kind.toml").write_text(KIND_TOML)
     (folder / "service.py").write_text(KIND_SERVICE)
     (folder / "bentofile.yaml").write_text("service: 'service:Tiny'\n")
-    (folder / "requirements.in").write_text("bentoml==1.4.39\n")
+    (folder / "requirements.in").write_text("bentoml==1.4.40\n")
     (folder / "requirements.txt").write_text((REPOSITORY / "bentos" / "lightgbm" / "requirements.txt").read_text())
     return folder
 

@@ -211,7 +211,7 @@ def pod(
     (bentos / "tiny" / "kind.toml").write_text(KIND_TOML)
     (bentos / "tiny" / "service.py").write_text(SERVICE.format(first=""))
     (bentos / "tiny" / "bentofile.yaml").write_text("service: 'service:Tiny'\n")
-    (bentos / "tiny" / "requirements.in").write_text("bentoml==1.4.39\n")
+    (bentos / "tiny" / "requirements.in").write_text("bentoml==1.4.40\n")
     lock = (REPOSITORY / "bentos" / "lightgbm" / "requirements.txt").read_text()
     (bentos / "tiny" / "requirements.txt").write_text(lock)
     (tmp_path / "note").mkdir()

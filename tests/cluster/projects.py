@@ -29,7 +29,7 @@ def project(folder: Path, *, start: str = "pass", outputs: str = "[2 * x for x i
 
 def packed(folder: Path, files: Mapping[str, str], service: str) -> Path:
     """An archive of the files, with what BentoML wants to know."""
-    whole = {"bentofile.yaml": f"service: {service}\n", "requirements.txt": "bentoml==1.4.39\n", **files}
+    whole = {"bentofile.yaml": f"service: {service}\n", "requirements.txt": "bentoml==1.4.40\n", **files}
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / "own.tar"
     with tarfile.open(place, "w") as archive:
