@@ -22,6 +22,7 @@ from sqlalchemy import select
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from build_service import VERSION, api, cleanup, guard, migrate, problems, processes, state, storage, tokens, views
+from build_service.headers import Rules
 from build_service.local import LocalPlatform
 from build_service.platform import InUse, Platform
 from build_service.projection import Projection
@@ -89,6 +90,7 @@ def create_app(settings: Settings, *, port: int, leaving: threading.Event | None
         pending=lambda name: _pending(database, name),
         body_limit=settings.inference_body,
         seconds=settings.inference_seconds,
+        rules=Rules(frozenset(name.encode() for name in settings.pass_headers), settings.trusted_networks),
     )
 
     def forget() -> None:
@@ -100,7 +102,6 @@ def create_app(settings: Settings, *, port: int, leaving: threading.Event | None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await inference.start()
         reconciler.start()
         sweeper.start()
         if projection is not None:

@@ -13,7 +13,6 @@ import http.client
 import json
 import os
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ from build_service.platform import BuildOrder, BuildStatus, Failure, InUse, Obse
 from build_service.quantities import parse_memory
 from build_service.routes import RouteTable, Upstream
 from build_service.settings import Settings
+from build_service.sockets import SocketFolder, UnixConnection
 from registry.errors import UserError
 from registry.store import ObjectStore
 
@@ -42,6 +42,7 @@ _RESTART_FIRST, _RESTART_LONGEST = 0.5, 30.0  # seconds before a process that di
 _HEALTHY_SECONDS = 60.0  # a process that was ready for this long has nothing to do with the crashes before it
 _TERM_SECONDS = 10.0  # time between SIGTERM and SIGKILL
 _PROBE_SECONDS = 1.0  # that a process may be silent when it is asked whether it is ready
+_METADATA_SECONDS = 5.0
 _PROBES_AT_ONCE = 16
 _STARTING = max(2, os.cpu_count() or 1)  # processes of a deployment that start at once: each takes a core for a while
 _KEPT_LOGS = 20  # files of a deployment
@@ -114,6 +115,7 @@ class LocalPlatform:
         ended = processes.sweep(self._records)
         if ended:
             log.warning("ended processes of an earlier service", count=ended)
+        self._sockets = SocketFolder(self._root)
         self._serving_path = self._copy_serving()
         self._thread = threading.Thread(target=self._watch, name="local-platform", daemon=True)
         self._thread.start()
@@ -294,6 +296,7 @@ class LocalPlatform:
                 if replica.child.poll() is None:
                     replica.child.kill()
         self._probes.shutdown(cancel_futures=True)  # whom they ask has ended, so none of them waits
+        self._sockets.close()
 
     # --- the watch: everything below runs in its thread, under the lock ---------------------------------------------
 
@@ -409,12 +412,9 @@ class LocalPlatform:
         for old in sorted(folder.glob("*.log"))[:-_KEPT_LOGS]:
             old.unlink(missing_ok=True)
             old.with_suffix(".termination").unlink(missing_ok=True)
-        # Bound here, so that no other process can take the port; the child listens once it is ready.
-        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        # Bound here, so that the child needs no right to the folder; it listens once it is ready.
+        listening, path = self._sockets.bind()
         with listening, log_file.open("ab") as output:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(("127.0.0.1", 0))
-            host, port = listening.getsockname()
             scratch = folder / "scratch"
             scratch.mkdir(exist_ok=True)
             child = processes.Child(
@@ -426,7 +426,8 @@ class LocalPlatform:
                 stderr=output,
                 pass_fds=(listening.fileno(),),
             )
-        replica = _Replica(order, child, Upstream(host, port, order.revision), termination, log_file, time.monotonic())
+        upstream = Upstream(order.revision, socket=path)
+        replica = _Replica(order, child, upstream, termination, log_file, time.monotonic())
         served.replicas.append(replica)
         return replica
 
@@ -452,6 +453,7 @@ class LocalPlatform:
             "EKIBEN_TERMINATION_LOG": str(termination),
             "EKIBEN_MAX_BODY_BYTES": str(settings.inference_body),
             "EKIBEN_REQUEST_SECONDS": str(settings.inference_seconds),
+            "EKIBEN_PASS_HEADERS": ",".join(settings.pass_headers),
             **({"EKIBEN_FOLDER": folder} if (folder := settings.kind_folders.get(version.kind)) else {}),
         }
 
@@ -464,6 +466,7 @@ class LocalPlatform:
             if code is None:
                 continue
             served.replicas.remove(replica)
+            self._sockets.remove(replica.upstream)
             failure = replica.killed or _serving_failure(code, replica)
             log.warning(
                 "serving process ended",
@@ -538,6 +541,7 @@ class LocalPlatform:
             waited = time.monotonic() - replica.draining_since
             if replica.child.poll() is not None:
                 self._ending.remove(replica)
+                self._sockets.remove(replica.upstream)
             elif replica.terminated is None:
                 # The router may have taken the upstream a moment before the table moved: one tick passes first.
                 if waited > _TICK_BUSY and (replica.upstream.in_flight == 0 or waited > self._settings.drain_seconds):
@@ -614,24 +618,26 @@ def _progress(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_ready(upstream: Upstream) -> bool:
-    connection = http.client.HTTPConnection(upstream.host, upstream.port, timeout=_PROBE_SECONDS)
-    try:
-        connection.request("GET", "/readyz")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    return _asked(upstream, "/readyz", _PROBE_SECONDS) is not None
 
 
 def _metadata(upstream: Upstream) -> dict[str, Any]:
-    connection = http.client.HTTPConnection(upstream.host, upstream.port, timeout=5)
-    try:
-        connection.request("GET", "/metadata")
-        value = json.loads(connection.getresponse().read(1 << 20))
+    with contextlib.suppress(ValueError):
+        value = json.loads(_asked(upstream, "/metadata", _METADATA_SECONDS) or b"")
         return value if isinstance(value, dict) else {}
-    except (OSError, http.client.HTTPException, ValueError):
-        return {}
+    return {}
+
+
+def _asked(upstream: Upstream, path: str, seconds: float) -> bytes | None:
+    """What a serving process answers; None unless it answers 200."""
+    assert upstream.socket is not None, "processes of this platform listen on Unix sockets"
+    connection = UnixConnection(upstream.socket, seconds)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.read(1 << 20) if response.status == 200 else None
+    except (OSError, http.client.HTTPException):
+        return None
     finally:
         connection.close()
 

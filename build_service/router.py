@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from yarl import URL
 
 from build_service import metrics
+from build_service.headers import Rules, to_caller
 from build_service.problems import of_database, problem_response
 from build_service.remembered import Remembered
 from build_service.routes import RouteTable, Upstream
@@ -32,14 +33,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 log = structlog.get_logger(__name__)
 
 PREFIX = "/inference"
-_HOP_BY_HOP = frozenset(
-    (
-        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
-        b"trailer", b"transfer-encoding", b"upgrade", b"expect",
-    )
-)  # fmt: skip
-# Set by this service itself on the way out.
-_REPLACED = frozenset((b"date", b"server", b"x-request-id"))
 _CHUNK = 256 * 1024
 _SMALL_BODY = 1024 * 1024  # bodies up to here are read whole, so that they can be handed to another process
 _PATIENCE_SECONDS = 2.0  # how long a request waits for a process while a deployment changes over
@@ -59,25 +52,29 @@ class Router:
         pending: Callable[[str], EkibenError],
         body_limit: int,
         seconds: float,
+        rules: Rules,
     ) -> None:
         self._routes, self._default, self._exists, self._pending = routes, default, exists, pending
         self._body_limit, self._seconds = body_limit, seconds
-        self._session: aiohttp.ClientSession | None = None
-
-    async def start(self) -> None:
-        # Shorter than the keep-alive of the serving processes, so that no connection is used as it is being closed.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
-            trust_env=False,
-        )
+        self._rules = rules
+        self._sessions: dict[Upstream | None, aiohttp.ClientSession] = {}
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        while self._sessions:
+            _, session = self._sessions.popitem()
+            await session.close()
+
+    async def _session(self, upstream: Upstream) -> aiohttp.ClientSession:
+        """The connections to a process: a session for each Unix socket, and one for all that is called by TCP."""
+        key = None if upstream.socket is None else upstream
+        session = self._sessions.get(key)
+        if session is None:
+            session = self._sessions[key] = _new_session(upstream.socket)
+            # A new process is often the end of an old one, whose connections are of no use any more.
+            gone = [each for each in self._sessions if each is not None and not self._routes.uses(each)]
+            for session_of_gone in [self._sessions.pop(each) for each in gone]:
+                await session_of_gone.close()
+        return session
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -143,7 +140,15 @@ class Router:
         query = scope.get("query_string", b"").decode("latin-1")
         raw_path = path if path != scope["path"] else scope.get("raw_path", path.encode()).decode("latin-1")
         target = _quote(raw_path) + (f"?{query}" if query else "")
-        passed = _request_headers(scope, length)
+
+        def passed(upstream: Upstream) -> list[tuple[str, str]]:
+            return self._rules.to_model(
+                scope["headers"],
+                peer=client[0] if (client := scope.get("client")) else None,
+                request_id=structlog.contextvars.get_contextvars().get("request_id", ""),
+                has_length=length is not None,
+                upstream_checks=upstream.socket is None,
+            )
 
         used: Upstream | None = None
         give_up = time.monotonic() + _PATIENCE_SECONDS
@@ -158,7 +163,7 @@ class Router:
                 continue
             try:
                 stream = body if body is not None else inbound.chunks()
-                await self._exchange(upstream, target, scope["method"], passed, stream, inbound, send)
+                await self._exchange(upstream, target, scope["method"], passed(upstream), stream, inbound, send)
                 return
             except aiohttp.ClientConnectorError:  # never handed over: another process may take it
                 used = upstream
@@ -177,24 +182,20 @@ class Router:
         inbound: _Inbound,
         send: Send,
     ) -> None:
-        assert self._session is not None, "start() comes first"
+        session = await self._session(upstream)
         started = False
         watch: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(self._seconds) as bound:
-                async with self._session.request(
+                async with session.request(
                     method,
-                    _url(upstream, target),
+                    URL(f"http://{upstream.authority}{target}", encoded=True),
                     headers=headers,
                     data=body if body != b"" else None,
                     allow_redirects=False,
                     skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
                 ) as response:
-                    out = [
-                        (key.lower(), value)
-                        for key, value in response.raw_headers
-                        if key.lower() not in _HOP_BY_HOP and key.lower() not in _REPLACED
-                    ]
+                    out = to_caller(response.raw_headers)
                     await send({"type": "http.response.start", "status": response.status, "headers": out})
                     started = True
                     bound.reschedule(None)  # a stream may go on for as long as it likes
@@ -273,27 +274,20 @@ async def _end_when_gone(inbound: _Inbound, response: aiohttp.ClientResponse) ->
     response.close()
 
 
-def _url(upstream: Upstream, target: str) -> URL:
-    return URL(f"http://{upstream.host}:{upstream.port}{target}", encoded=True)
+def _new_session(socket: str | None) -> aiohttp.ClientSession:
+    # Shorter than the keep-alive of the serving processes, so that no connection is used as it is being closed.
+    pool: dict[str, Any] = {"limit": 0, "keepalive_timeout": 15}
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(**pool) if socket is None else aiohttp.UnixConnector(socket, **pool),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+        trust_env=False,
+    )
 
 
 def _quote(path: str) -> str:
     return quote(path, safe="/%:@!$&'()*+,;=-._~")
-
-
-def _request_headers(scope: Scope, length: int | None) -> list[tuple[str, str]]:
-    headers = [
-        (key.decode("latin-1"), value.decode("latin-1"))
-        for key, value in scope["headers"]
-        if key.lower() not in _HOP_BY_HOP
-        and key.lower() != b"x-request-id"
-        and (length is not None or key.lower() != b"content-length")
-    ]
-    headers.append(("X-Request-ID", structlog.contextvars.get_contextvars().get("request_id", "")))
-    client = scope.get("client")
-    if client:
-        headers.append(("X-Forwarded-For", client[0]))
-    return headers
 
 
 def _body_timeout(seconds: float) -> UserError:

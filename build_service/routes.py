@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Upstream:
-    """One serving process. `in_flight` counts the requests that the router has open to it."""
+    """One serving process, or a cluster's Service. `in_flight` counts the requests that the router has open to it.
 
-    host: str
-    port: int
+    A process on this machine listens on the Unix socket at the path `socket`. Without one, `authority` (HOST:PORT) is
+    called by TCP, and what answers there checks the caller's token itself.
+    """
+
     revision: int
+    authority: str = "localhost"
+    socket: str | None = None
     in_flight: int = 0
 
 
@@ -45,6 +49,10 @@ class RouteTable:
     def known(self, deployment: str) -> bool:
         """Whether the deployment has ever been live here, so that waiting for a process makes sense."""
         return deployment in self._table
+
+    def uses(self, upstream: Upstream) -> bool:
+        """Whether a request is open to the process, or a new one may be."""
+        return upstream.in_flight > 0 or any(upstream in row for row in self._table.values())
 
     def release(self, upstream: Upstream) -> None:
         with self._lock:

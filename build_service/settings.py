@@ -17,6 +17,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from build_service.headers import CREDENTIALS, Network
 from build_service.kubernetes.settings import ClusterSettings
 
 MIB = 1024 * 1024
@@ -53,6 +54,16 @@ class Settings(ClusterSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Origins that may call /inference from a browser, such as https://shop.example; comma separated.",
+    )
+    pass_headers: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Credentials of callers that models get too, of authorization and cookie; comma separated. Without "
+        "it a token ends at this service, or in a cluster at the model's pod.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...] | None, NoDecode] = Field(
+        None,
+        description="Addresses or networks of proxies whose X-Forwarded-… models get, such as 127.0.0.1,10.0.0.0/8; "
+        "comma separated. Default: none; on Kubernetes every caller, as its NetworkPolicy lets proxies alone call.",
     )
     database: str | None = Field(None, description="SQLAlchemy URL; default a SQLite file in the state folder.")
     platform: Literal["local", "kubernetes"] = Field("local", description="Where builds and deployments run.")
@@ -135,7 +146,7 @@ class Settings(ClusterSettings):
     mlflow: bool = Field(True, description="Project versions into MLflow's registry.")
     mlflow_uri: str | None = Field(None, description="MLflow's store; default a SQLite file in the state folder.")
 
-    @field_validator("allowed_hosts", "cors_origins", mode="before")
+    @field_validator("allowed_hosts", "cors_origins", "pass_headers", "trusted_proxies", mode="before")
     @classmethod
     def _separated(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -151,6 +162,25 @@ class Settings(ClusterSettings):
                 or origin != f"{parts.scheme}://{parts.netloc}"
             ):
                 raise ValueError(f"{origin!r} is no origin: use for instance https://shop.example")
+        return value
+
+    @field_validator("pass_headers")
+    @classmethod
+    def _credentials(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = sorted(name.decode() for name in CREDENTIALS)
+        for name in value:
+            if name.lower() not in known:
+                raise ValueError(f"{name!r} cannot be passed on: use {' and '.join(known)}; other headers always are")
+        return tuple(sorted({name.lower() for name in value}))
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for network in value or ():
+            try:
+                ipaddress.ip_network(network)
+            except ValueError:
+                raise ValueError(f"{network!r} is no address or network: use for instance 10.0.0.0/8") from None
         return value
 
     @field_validator("public_url")
@@ -252,6 +282,13 @@ class Settings(ClusterSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def trusted_networks(self) -> tuple[Network, ...]:
+        named = self.trusted_proxies
+        if named is None:
+            named = ("0.0.0.0/0", "::/0") if self.platform == "kubernetes" else ()
+        return tuple(ipaddress.ip_network(network) for network in named)
 
     @property
     def root(self) -> Path:

@@ -41,6 +41,8 @@ class Settings:
     token_digests: tuple[bytes, ...] = ()
     tokens_file: Path | None = None
     """A line for each digest; read again when it changes. While it is not there, no token is valid."""
+    pass_headers: frozenset[bytes] = frozenset()
+    """Credentials of the caller that the model gets, of `authorization` and `cookie`."""
     rtol: float = 1e-5
     atol: float = 1e-6
 
@@ -54,6 +56,9 @@ class Settings:
         for digest in digests:
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
                 raise _bad("EKIBEN_INFERENCE_TOKEN_SHA256", "hex SHA-256 digests, comma separated")
+        passed = {name.strip().lower() for name in environ.get("EKIBEN_PASS_HEADERS", "").split(",") if name.strip()}
+        if passed - {"authorization", "cookie"}:
+            raise _bad("EKIBEN_PASS_HEADERS", "of authorization and cookie, comma separated")
         try:
             metadata = json.loads(environ.get("EKIBEN_MODEL_METADATA") or "{}")
         except ValueError:
@@ -79,6 +84,7 @@ class Settings:
             leave_seconds=_number(environ, "EKIBEN_LEAVE_SECONDS", 0.0, 0, 3600),
             token_digests=tuple(bytes.fromhex(d) for d in digests),
             tokens_file=Path(named) if (named := environ.get("EKIBEN_INFERENCE_TOKENS_FILE")) else None,
+            pass_headers=frozenset(name.encode() for name in passed),
             rtol=_number(environ, "EKIBEN_GOLDEN_RTOL", 1e-5, 0, 1e300),
             atol=_number(environ, "EKIBEN_GOLDEN_ATOL", 1e-6, 0, 1e300),
         )

@@ -1,7 +1,8 @@
 """The thin ASGI layer around BentoML's application: what BentoML cannot learn at run time.
 
-It strips the URL prefix, checks tokens, names the version in every answer, bounds size and time, and turns errors into
-problem+json. It is plain ASGI: a request that is fine pays for one closure and a timer.
+It strips the URL prefix, checks tokens and withholds them from the model, names the version in every answer, bounds
+size and time, and turns errors into problem+json. It is plain ASGI: a request that is fine pays for one closure and a
+timer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bentos.serving.tokens import TokensFile
 
 _PROBES = frozenset({"/livez", "/readyz"})
 _OPEN_INSIDE = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/metadata"})
+_CREDENTIALS = frozenset({b"authorization", b"proxy-authorization", b"cookie"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _logger = logging.getLogger("ekiben.request")
 
@@ -37,6 +39,7 @@ class Wrapper:
             (b"ekiben-version", served.version.encode("latin-1", "replace")),
         ]
         self._prefixes = settings.prefixes
+        self._withheld = _CREDENTIALS - settings.pass_headers
         self.leaving = False
         self._tokens = TokensFile(settings.tokens_file) if settings.tokens_file is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -50,6 +53,9 @@ class Wrapper:
         length: bytes | None = None
         authorization = b""
         request_id = b""
+        forwarded_for = b""
+        # A new list: uvicorn appends the trailers of a body in chunks to the one that it made.
+        headers: list[tuple[bytes, bytes]] = []
         for key, value in scope["headers"]:
             if key == b"content-length":
                 length = value
@@ -57,6 +63,15 @@ class Wrapper:
                 authorization = value
             elif key == b"x-request-id" and _REQUEST_ID.fullmatch(value):
                 request_id = value
+            elif key == b"x-forwarded-for":
+                forwarded_for = value
+            # To frameworks that know no difference between _ and - it is the same name.
+            if key.replace(b"_", b"-") not in self._withheld:
+                headers.append((key, value))
+        scope["headers"] = headers
+        if scope.get("client") is None and forwarded_for:
+            # A Unix socket has no address of a caller. Only the router can reach it, and says last who called.
+            scope["client"] = (forwarded_for.rpartition(b",")[2].strip().decode("latin-1"), 0)
         if not request_id:
             request_id = os.urandom(8).hex().encode()
         exchange = _Exchange(send, [*self._headers, (b"x-request-id", request_id)])

@@ -152,6 +152,7 @@ def _serving_environment(order: RevisionOrder, settings: Settings) -> dict[str, 
         # Not preStop: to some proxies a pod that ends is as good as any while its readiness probe succeeds.
         "EKIBEN_LEAVE_SECONDS": str(_LEAVE_SECONDS),
         **({} if settings.inference_open else {"EKIBEN_INFERENCE_TOKENS_FILE": names.TOKENS_FILE}),
+        **({"EKIBEN_PASS_HEADERS": ",".join(settings.pass_headers)} if settings.pass_headers else {}),
         **({"EKIBEN_FOLDER": names.KIND_FOLDER} if version.kind in settings.kind_folders else {}),
     }
 

@@ -592,7 +592,7 @@ class KubernetesPlatform:
             return
         host = f"[{address}]" if ":" in str(address) else str(address)
         if ready or self._table.known(deployment):
-            self._table.set(deployment, [Upstream(host, names.SERVICE_PORT, max(ready))] if ready else [])
+            self._table.set(deployment, [Upstream(max(ready), f"{host}:{names.SERVICE_PORT}")] if ready else [])
 
     def _need_lists(self) -> None:
         if not self._cluster.synced(_SYNC_SECONDS):

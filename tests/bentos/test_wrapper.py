@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -40,6 +42,10 @@ class Doubler:
     @bentoml.api
     async def predict(self, x: float) -> dict:
         return {"y": x * 2}
+
+    @bentoml.api
+    def heard(self, ctx: bentoml.Context) -> dict:
+        return {"headers": dict(ctx.request.headers), "client": ctx.request.client.host}
 
     @bentoml.api
     def crash(self) -> dict:
@@ -386,6 +392,55 @@ def test_an_inherited_socket_is_served(starting: Any, churn: Path) -> None:
     assert response.status_code == 200
     served.process.send_signal(signal.SIGTERM)
     assert served.exit_code() == 0
+
+
+def test_a_unix_socket_is_served_and_the_router_says_who_called(starting: Any, project: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        path = str(Path(folder, "s"))
+        listener.bind(path)
+        given = {"EKIBEN_BENTO": str(project), "EKIBEN_SOCKET_FD": str(listener.fileno())}
+        served = starting(given, pass_fds=(listener.fileno(),))
+        with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://localhost", timeout=120) as client:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/readyz").status_code == 200:
+                        break
+                assert served.process.poll() is None, served.log.read_text()
+                time.sleep(0.02)
+            heard = client.post("/heard", json={}, headers={"X-Forwarded-For": "192.0.2.1, 192.0.2.2"}).json()
+        assert heard["client"] == "192.0.2.2"
+
+
+SECRETS = {
+    "Authorization": "Bearer secret-of-the-caller",
+    "Proxy-Authorization": "Basic secret-of-the-caller",
+    "Cookie": "session=secret-of-the-caller",
+    "Proxy_Authorization": "secret-of-the-caller",
+}
+
+
+def test_credentials_of_a_caller_do_not_reach_the_model(starting: Any, project: Path) -> None:
+    token = hashlib.sha256(b"secret-of-the-caller").hexdigest()
+    checks = starting({"EKIBEN_BENTO": str(project), "EKIBEN_INFERENCE_TOKEN_SHA256": token})
+    open_to_all = starting({"EKIBEN_BENTO": str(project)})
+    for served in (checks, open_to_all):
+        answer = served.ready().client.post("/heard", json={}, headers={**SECRETS, "X-Api-Key": "of the project"})
+        assert answer.status_code == 200, answer.text
+        assert "secret-of-the-caller" not in answer.text
+        assert answer.json()["headers"]["x-api-key"] == "of the project"
+        _problem(served.client.post("/crash", json={}, headers=SECRETS), 500, "prediction_failed")
+        assert "secret-of-the-caller" not in served.log.read_text()
+
+
+def test_chosen_credentials_are_passed_on(starting: Any, project: Path) -> None:
+    served = starting({"EKIBEN_BENTO": str(project), "EKIBEN_PASS_HEADERS": "Authorization, cookie"}).ready()
+    heard = served.client.post("/heard", json={}, headers=SECRETS).json()["headers"]
+    assert heard["authorization"] == SECRETS["Authorization"]
+    assert heard["cookie"] == SECRETS["Cookie"]
+    assert "proxy-authorization" not in heard
+    wrong = starting({"EKIBEN_BENTO": str(project), "EKIBEN_PASS_HEADERS": "x-api-key"})
+    assert wrong.exit_code() == 1
+    assert wrong.failure()["code"] == "bad_setting"
 
 
 def _accepts(port: int) -> bool:

@@ -475,6 +475,8 @@ def test_a_state_folder_of_a_newer_format(home: Home) -> None:
         ({"mlflow": "false", "mlflow_uri": "sqlite:///x.db"}, "EKIBEN_MLFLOW_URI"),
         ({"cors_origins": "shop.example"}, "EKIBEN_CORS_ORIGINS"),
         ({"public_url": "ekiben.example"}, "EKIBEN_PUBLIC_URL"),
+        ({"pass_headers": "x-api-key"}, "EKIBEN_PASS_HEADERS"),
+        ({"trusted_proxies": "proxy.example"}, "EKIBEN_TRUSTED_PROXIES"),
         ({"database": "nonsense"}, "EKIBEN_DATABASE"),
     ],
 )

@@ -89,6 +89,23 @@ def test_becoming_the_default_does_not_restart_a_model() -> None:
     assert environment["EKIBEN_URL_PREFIX"] == "/inference/churn,/inference"
 
 
+def test_chosen_credentials_reach_the_wrapper_and_by_default_none_does() -> None:
+    def environment(**changes: Any) -> dict[str, str]:
+        made = manifests.deployment(order(), settings(**changes), "1Gi")
+        return {each["name"]: each["value"] for each in container(made)["env"]}
+
+    assert "EKIBEN_PASS_HEADERS" not in environment()
+    assert environment(pass_headers="Cookie, authorization")["EKIBEN_PASS_HEADERS"] == "authorization,cookie"
+    assert environment()["EKIBEN_INFERENCE_TOKENS_FILE"]
+
+
+def test_the_clusters_proxies_are_believed_and_on_one_machine_nobody_is() -> None:
+    assert [str(network) for network in settings().trusted_networks] == ["0.0.0.0/0", "::/0"]
+    assert [str(network) for network in settings(trusted_proxies="10.0.0.1").trusted_networks] == ["10.0.0.1/32"]
+    assert settings(trusted_proxies="").trusted_networks == ()
+    assert Settings(platform="local").trusted_networks == ()
+
+
 def test_a_label_of_a_users_is_no_variable_of_the_kubelet() -> None:
     environment = {
         each["name"]: each["value"] for each in container(manifests.deployment(order(), settings(), "1Gi"))["env"]
