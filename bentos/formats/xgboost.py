@@ -1,8 +1,12 @@
-"""An XGBoost model from JSON or UBJ: regression, binary, multiclass and ranking."""
+"""An XGBoost model from JSON or UBJ: regression, binary, multiclass and ranking.
+
+It answers as `Booster.predict` does: with all rounds, whatever `best_iteration` the file records.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -10,12 +14,17 @@ from bentos import serving
 from bentos.serving.schema import outputs_schema
 
 _LARGEST_FLOAT32 = 3.4028234663852886e38
+_MISSING = "ekiben.missing"
+"""Attribute of a booster: the number that stood for a missing value in training; XGBoost's file has no field."""
 
 
 class Model:
-    """A booster with its columns. Raises StartError `model_load_failed` when the file is not what it should be."""
+    """A booster with its columns. Raises StartError `model_load_failed` when the file is not what it should be.
 
-    def __init__(self, folder: serving.ModelFolder) -> None:
+    `estimator` makes it answer as an XGBModel that loaded the file: early stopping's best iteration ends the rounds.
+    """
+
+    def __init__(self, folder: serving.ModelFolder, *, estimator: bool = False) -> None:
         import numpy
         import xgboost
 
@@ -40,9 +49,10 @@ class Model:
         learner = config["learner"]
         # gblinear has no prediction in place, and dart's differs from Booster.predict in the last digits
         self._inplace = learner["gradient_booster"]["name"] == "gbtree"
-        # after early stopping XGBoost's own scikit-learn interface predicts up to the best iteration, and so do we
-        best = self.booster.attr("best_iteration")
-        self._range = (0, int(best) + 1) if best is not None else (0, 0)
+        rounds = self.booster.num_boosted_rounds()
+        best = _best_iteration(self.booster, rounds)
+        self._range = (0, best + 1) if estimator and best is not None else (0, 0)
+        self._missing = _missing(self.booster)
         self.table = _table(self.booster)
         objective = learner["objective"]["name"]
         classes = int(learner["learner_model_param"].get("num_class", "0"))
@@ -64,7 +74,12 @@ class Model:
             output=outputs_schema(value),
             classes=labels,
             example={"inputs": [self.table.example_row()]},
-            details={"objective": objective, "trees": self.booster.num_boosted_rounds()},
+            details={
+                "objective": objective,
+                "trees": rounds,
+                "missing": None if math.isnan(self._missing) else self._missing,
+            },
+            caveats=_caveats(rounds, None if estimator else best, self._missing),
         )
 
     def outputs(self, inputs: list[Any]) -> list[Any]:
@@ -72,12 +87,68 @@ class Model:
         matrix = self.table.matrix(inputs)
         if self._inplace:
             # names are checked by the table; XGBoost would only compare them with those of a data frame
-            values = self.booster.inplace_predict(matrix, iteration_range=self._range, validate_features=False)
+            values = self.booster.inplace_predict(
+                matrix, iteration_range=self._range, missing=self._missing, validate_features=False
+            )
         else:
-            rows = self._matrix(matrix, nthread=1)
+            rows = self._matrix(matrix, missing=self._missing, nthread=1)
             values = self.booster.predict(rows, iteration_range=self._range, validate_features=False)
         listed: list[Any] = self._numpy.asarray(values).tolist()
         return listed
+
+
+def _attribute(booster: Any, key: str) -> str | None:
+    try:
+        value: str | None = booster.attr(key)
+    except AssertionError:  # XGBoost's own check of an attribute that is there and empty
+        return ""
+    return value
+
+
+def _best_iteration(booster: Any, rounds: int) -> int | None:
+    """Return the recorded best iteration, counted from 0, where it would cut rounds off; None otherwise.
+
+    It may be of an earlier training that this one continued, so it does not say what `Booster.predict` uses.
+    """
+    text = _attribute(booster, "best_iteration")
+    if text is None or not text.isdecimal():
+        return None
+    return int(text) if int(text) + 1 < rounds else None
+
+
+def _missing(booster: Any) -> float:
+    """Return the number that stands for a missing value besides NaN; NaN where the file names none.
+
+    Raises StartError `model_load_failed` for an attribute that is not a finite number.
+    """
+    text = _attribute(booster, _MISSING)
+    if text is None:
+        return math.nan
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.inf
+    if not math.isfinite(value):
+        message = f"the attribute {_MISSING} of the model must be a finite number, and is {text[:100]!r}"
+        hint = "set it to the `missing` of the DMatrix or estimator: booster.set_attr(**{'ekiben.missing': '-999'})"
+        raise serving.StartError("model_load_failed", message, hint)
+    return value
+
+
+def _caveats(rounds: int, best: int | None, missing: float) -> tuple[str, ...]:
+    """Return what may make the answers differ from those that a notebook gave."""
+    found = []
+    if best is not None:
+        found.append(
+            f"the file records best_iteration {best}, and all {rounds} rounds are used, as Booster.predict does; "
+            f"to stop at the best iteration, save booster[:{best + 1}]"
+        )
+    if math.isnan(missing):
+        found.append(
+            "the file does not say which number stood for missing values in training; if one did, set it before you "
+            "save: booster.set_attr(**{'ekiben.missing': '-999'}), or push the estimator, which knows it"
+        )
+    return tuple(found)
 
 
 def _table(booster: Any) -> serving.Table:

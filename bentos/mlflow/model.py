@@ -26,7 +26,7 @@ class Model:
         flavour, path = _flavour(folder, top, document)
         beside = [f for f in folder.files if flavour == "onnx" and PurePosixPath(f).is_relative_to(top)]
         kept = [f for f in beside if f != path and PurePosixPath(f).suffix.lower() != ".onnx"]
-        inner = _load(flavour)(replace(folder, kind=flavour, format=None, files=(path, *kept)))
+        inner = _load(flavour, document)(replace(folder, kind=flavour, format=None, files=(path, *kept)))
         self._answer: Callable[[list[Any]], list[Any]] = inner.outputs
         if flavour == "sklearn":
             self._answer = partial(inner.outputs, method=_method(document, inner.methods))
@@ -102,7 +102,7 @@ def _flavour(folder: serving.ModelFolder, top: PurePosixPath, document: dict[str
     raise serving.StartError("model_load_failed", message[:500], _HINT)
 
 
-def _load(flavour: str) -> Callable[[serving.ModelFolder], Any]:
+def _load(flavour: str, document: dict[str, Any]) -> Callable[[serving.ModelFolder], Any]:
     """What reads a model of a flavour; only its library is imported."""
     if flavour == "lightgbm":
         from bentos.formats.lightgbm import Model as LightGBM
@@ -111,7 +111,8 @@ def _load(flavour: str) -> Callable[[serving.ModelFolder], Any]:
     if flavour == "xgboost":
         from bentos.formats.xgboost import Model as XGBoost
 
-        return XGBoost
+        # MLflow loads the class that was logged, and an XGBModel stops at the best iteration
+        return partial(XGBoost, estimator=".sklearn." in str(document["flavors"]["xgboost"].get("model_class")))
     if flavour == "onnx":
         from bentos.formats.onnx import Model as Onnx
 

@@ -25,6 +25,8 @@ class About:
     """A synthetic request body, for models that came without a sample."""
     details: dict[str, Any] = field(default_factory=dict)
     """More for /metadata, such as the objective."""
+    caveats: tuple[str, ...] = ()
+    """What may make answers differ from expected values; sentences without a full stop, shown when they do."""
 
 
 @dataclass(frozen=True)

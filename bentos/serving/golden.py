@@ -148,7 +148,8 @@ async def check(app: App, route: str | None, about: About, served: Served) -> tu
             "golden_sample_failed",
             f"{result.matched} of {result.rows} predictions match the expected values: {result.difference} "
             f"(tolerance {served.rtol:g} relative, {served.atol:g} absolute)",
-            "the model does not predict here what it predicted where the expected values were made; "
+            "; ".join(about.caveats)
+            or "the model does not predict here what it predicted where the expected values were made; "
             "check versions, column order and preprocessing",
         )
     return Checked("expected", result.rows, result.matched), answer

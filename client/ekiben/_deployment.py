@@ -63,10 +63,10 @@ class Deployment:
     def predict(self, data: Any, *, method: str | None = None, seconds: float = 60.0) -> Any:
         """Predictions for rows, in the form of the rows.
 
-        A pandas DataFrame gives a Series on its index (or a DataFrame where the model answers several numbers a row), a
-        NumPy array an array, a list a list. A dict is sent as it is and its answer returned whole: task kinds have
-        bodies of their own. `method` asks a scikit-learn model for another method, `predict_proba`. Many rows go in
-        several calls of at most 5,000 rows; `seconds` bounds each.
+        A pandas DataFrame gives a Series on its index (or a DataFrame where the model answers several numbers a row),
+        a NumPy array or a sparse matrix an array, a list a list. A dict is sent as it is and its answer returned
+        whole: task kinds have bodies of their own. `method` asks a scikit-learn model for another method,
+        `predict_proba`. Many rows go in several calls of at most 5,000 rows; `seconds` bounds each.
         """
         extra = {} if method is None else {"method": method}
         count = _sample.count(data)
@@ -76,6 +76,8 @@ class Deployment:
         outputs: list[Any] = []
         for start in range(0, max(count, 1), _ROWS_A_CALL):
             rows = fitted if count <= _ROWS_A_CALL else _sample.part(fitted, start, start + _ROWS_A_CALL)
+            if _sample.is_sparse(rows):
+                rows = _sample.dense(rows, xgboost=self._is_xgboost())
             answer = self._client.predict(self.name, {**_sample.body(rows), **extra}, seconds=seconds)
             if not isinstance(answer, dict) or not isinstance(answer.get("outputs"), list):
                 if count <= _ROWS_A_CALL:
@@ -97,6 +99,9 @@ class Deployment:
         if self._names is None:
             self._names = _columns(self.metadata())
         return self._names
+
+    def _is_xgboost(self) -> bool:
+        return str(self.metadata().get("format")).startswith("xgboost")
 
     def rollback(self, revision: int | None = None, *, wait: float = 120) -> Self:
         """Return to the previous good revision, or to the given one, and wait until it serves. Nothing is built."""

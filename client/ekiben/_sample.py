@@ -17,6 +17,8 @@ from typing import Any
 
 from ekiben._errors import ExportError
 
+_MOST_ENTRIES = 10_000_000  # of a sparse matrix that is written out
+
 
 def body(data: Any) -> dict[str, Any]:
     """The request body for tables and lists of rows; a dict is taken as a body already (task kinds have their own)."""
@@ -44,9 +46,20 @@ def rows(data: Any) -> list[Any]:
         return [_value(value, "sample") for value in data.tolist()]
     if _is(data, "torch", "Tensor"):
         return rows(data.detach().cpu().numpy())
-    if hasattr(data, "tocsr") or hasattr(data, "todense"):
+    if is_sparse(data):
         raise ExportError(
-            "a sparse matrix has no JSON rows", code="bad_sample", field="sample", hint="pass X[:100].toarray()"
+            "a sparse matrix has no JSON rows",
+            code="bad_sample",
+            field="sample",
+            hint="pass X[:100].toarray(); for XGBoost, to which an absent entry is missing, an array with NaN",
+        )
+    if _is(data, "xgboost", "DMatrix"):
+        raise ExportError(
+            f"a {type(data).__name__} does not give its rows back",
+            code="bad_sample",
+            field="sample",
+            hint="pass the frame or array that it was made from; if missing=-999 was given, say so in the model: "
+            "booster.set_attr(**{'ekiben.missing': '-999'})",
         )
     if isinstance(data, (list, tuple)):
         return [_value(value, "sample") for value in data]
@@ -56,6 +69,32 @@ def rows(data: Any) -> list[Any]:
         field="sample",
         hint="pass a pandas DataFrame, a NumPy array or a list of rows",
     )
+
+
+def is_sparse(data: Any) -> bool:
+    """Return whether `data` is a matrix or array of scipy.sparse."""
+    return hasattr(data, "tocsr") or hasattr(data, "todense")
+
+
+def dense(data: Any, *, xgboost: bool) -> Any:
+    """Return a sparse matrix [rows, columns] as an array. An absent entry is 0, and for XGBoost a missing value (NaN).
+
+    Raises ExportError where the array would have more than 10 million entries.
+    """
+    numpy = importlib.import_module("numpy")
+    if data.shape[0] * data.shape[1] > _MOST_ENTRIES:
+        raise ExportError(
+            f"the sparse matrix has {data.shape[0]} rows of {data.shape[1]} columns, which JSON would write in full",
+            code="bad_sample",
+            field="sample",
+            hint=f"pass at most {_MOST_ENTRIES // data.shape[1]} rows: X[:{_MOST_ENTRIES // data.shape[1]}]",
+        )
+    if not xgboost:
+        return data.toarray()
+    entries = data.tocoo()
+    made = numpy.full(data.shape, numpy.nan)
+    made[entries.row, entries.col] = entries.data
+    return made
 
 
 def records(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -99,7 +138,7 @@ def outputs(values: Any) -> list[Any]:
 
 def like(data: Any, values: list[Any]) -> Any:
     """Answers in the form of the question: a frame gives a Series or DataFrame on its index, an array an array."""
-    if _is(data, "numpy", "ndarray"):
+    if _is(data, "numpy", "ndarray") or is_sparse(data):
         numpy = importlib.import_module("numpy")
 
         if _numeric(values):
@@ -120,6 +159,8 @@ def like(data: Any, values: list[Any]) -> Any:
 
 def count(data: Any) -> int | None:
     """How many rows a table has, None for a request body."""
+    if is_sparse(data):
+        return int(data.shape[0])
     return None if isinstance(data, dict) else len(data)
 
 

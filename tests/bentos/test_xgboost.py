@@ -73,14 +73,62 @@ def test_category_names_that_xgboost_damages_are_refused_and_not_guessed(tmp_pat
         _model(tmp_path, booster)
 
 
-def test_early_stopping_predicts_as_the_scikit_learn_interface_does(tmp_path: Path) -> None:
-    data = RNG.normal(size=(ROWS, 3))
-    label = data[:, 0] + RNG.normal(size=ROWS)
+def _stopped_early(data: Any, label: Any) -> xgboost.XGBRegressor:
     regressor = xgboost.XGBRegressor(n_estimators=200, early_stopping_rounds=3, n_jobs=1)
     regressor.fit(data[:200], label[:200], eval_set=[(data[200:], label[200:])], verbose=False)
-    assert regressor.best_iteration < 190
-    model = _model(tmp_path, regressor.get_booster())
-    assert model.outputs(data.tolist()) == regressor.predict(data).tolist()
+    assert regressor.best_iteration + 1 < regressor.get_booster().num_boosted_rounds()
+    return regressor
+
+
+def test_a_booster_that_stopped_early_answers_as_its_own_predict(tmp_path: Path) -> None:
+    data = RNG.normal(size=(ROWS, 3))
+    booster = _stopped_early(data, data[:, 0] + RNG.normal(size=ROWS)).get_booster()
+    model = _model(tmp_path, booster)
+    assert model.outputs(data.tolist()) == booster.predict(xgboost.DMatrix(data)).tolist()
+
+
+def test_the_best_iteration_of_an_earlier_training_does_not_cut_the_model(tmp_path: Path) -> None:
+    data = RNG.normal(size=(ROWS, 3))
+    label = 5 * data[:, 0] + RNG.normal(size=ROWS)
+    first = _stopped_early(data, label).get_booster()
+    first.set_attr(best_iteration="0")
+    continued = xgboost.train({"nthread": 1}, xgboost.DMatrix(data, label), 100, xgb_model=first)
+    assert continued.attr("best_iteration") == "0"
+    model = _model(tmp_path, continued)
+    assert model.outputs(data.tolist()) == continued.predict(xgboost.DMatrix(data)).tolist()
+    assert "best_iteration 0" in model.about.caveats[0]
+
+
+def test_an_estimator_that_mlflow_logged_stops_at_its_best_iteration(tmp_path: Path) -> None:
+    data = RNG.normal(size=(ROWS, 3))
+    regressor = _stopped_early(data, data[:, 0] + RNG.normal(size=ROWS))
+    regressor.save_model(tmp_path / "model.ubj")
+    folder = write_model(tmp_path / "m", kind="mlflow", format="xgboost-ubj", files={"m": tmp_path / "model.ubj"})
+    assert Model(folder, estimator=True).outputs(data.tolist()) == regressor.predict(data).tolist()
+
+
+@pytest.mark.parametrize("booster", ["gbtree", "dart", "gblinear"])
+def test_the_number_that_stands_for_a_missing_value_is_part_of_the_model(tmp_path: Path, booster: str) -> None:
+    data = RNG.normal(size=(ROWS, 3))
+    data[::3, 0] = -999
+    label = np.where(data[:, 0] == -999, 10.0, data[:, 1])
+    rows = xgboost.DMatrix(data, label, missing=-999)
+    trained = xgboost.train({"nthread": 1, "booster": booster, "rate_drop": 0.1}, rows, 8)
+    trained.set_attr(**{"ekiben.missing": "-999"})
+    model = _model(tmp_path, trained)
+    truth = trained.predict(xgboost.DMatrix(data, missing=-999)).tolist()
+    assert model.outputs(data.tolist()) == truth
+    assert model.outputs([[None if value == -999 else value for value in row] for row in data.tolist()]) == truth
+    assert model.about.details["missing"] == -999
+
+
+@pytest.mark.parametrize("text", ["", "none", "inf", "nan", "1e999"])
+def test_a_missing_value_that_is_not_a_finite_number_is_refused(tmp_path: Path, text: str) -> None:
+    data = RNG.normal(size=(ROWS, 2))
+    booster = xgboost.train({"nthread": 1}, xgboost.DMatrix(data, data[:, 0]), 2)
+    booster.set_attr(**{"ekiben.missing": text})
+    with pytest.raises(StartError, match=r"ekiben\.missing"):
+        _model(tmp_path, booster)
 
 
 def test_numbers_beyond_float32_are_refused(tmp_path: Path) -> None:

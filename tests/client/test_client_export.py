@@ -86,6 +86,92 @@ def test_xgboost_trained_on_names_predicts_an_array_sample(table: Any, tmp_path:
     assert np.allclose(model.predict(frame[["age", "spend"]][:5]), exported.expected["outputs"])
 
 
+def _stopped_early(frame: pd.DataFrame, target: Any, **more: Any) -> xgboost.XGBRegressor:
+    model = xgboost.XGBRegressor(n_estimators=100, early_stopping_rounds=2, **more)
+    noise = np.random.default_rng(1).normal(size=len(frame))
+    model.fit(frame[:200], target[:200] + noise[:200], eval_set=[(frame[200:], target[200:] + noise[200:])], verbose=0)
+    assert model.best_iteration + 1 < model.get_booster().num_boosted_rounds()
+    return model
+
+
+@pytest.mark.parametrize("booster", ["gbtree", "dart"])
+def test_an_xgboost_estimator_that_stopped_early_is_written_as_it_predicts(
+    booster: str, table: Any, tmp_path: Path
+) -> None:
+    frame = table[0][["age", "spend"]]
+    model = _stopped_early(frame, table[1], booster=booster, rate_drop=0.2 if booster == "dart" else None)
+    exported = export(model, tmp_path, frame[:20])
+    served = xgboost.Booster(model_file=exported.files[0])
+    assert exported.expected is not None
+    assert exported.expected["outputs"] == model.predict(frame[:20]).tolist()
+    assert served.predict(xgboost.DMatrix(rows(exported))).tolist() == exported.expected["outputs"]
+    assert model.get_booster().num_boosted_rounds() > served.num_boosted_rounds(), "the user's own is as it was"
+
+
+def test_a_booster_that_stopped_early_is_written_whole(table: Any, tmp_path: Path) -> None:
+    frame = table[0][["age", "spend"]]
+    booster = _stopped_early(frame, table[1]).get_booster()
+    exported = export(booster, tmp_path, frame[:20])
+    assert exported.expected is not None
+    assert exported.expected["outputs"] == booster.predict(xgboost.DMatrix(frame[:20])).tolist()
+    assert xgboost.Booster(model_file=exported.files[0]).num_boosted_rounds() == booster.num_boosted_rounds()
+
+
+@pytest.mark.parametrize("missing", [0, -999.0])
+def test_what_an_xgboost_estimator_takes_for_missing_goes_into_the_file(
+    missing: float, table: Any, tmp_path: Path
+) -> None:
+    frame = table[0][["age", "spend"]].fillna(missing)
+    model = xgboost.XGBRegressor(n_estimators=5, missing=missing).fit(frame, table[1])
+    exported = export(model, tmp_path, frame[:20])
+    served = xgboost.Booster(model_file=exported.files[0])
+    assert float(served.attr("ekiben.missing") or "nan") == missing
+    assert model.get_booster().attr("ekiben.missing") is None
+    assert exported.expected is not None
+    assert exported.expected["outputs"] == model.predict(frame[:20]).tolist()
+
+
+def test_a_missing_that_is_not_a_number_is_refused(table: Any, tmp_path: Path) -> None:
+    model = xgboost.XGBRegressor(n_estimators=2).fit(table[0][["age"]], table[1])
+    model.missing = "?"
+    with pytest.raises(ExportError, match="missing"):
+        export(model, tmp_path)
+
+
+def test_an_absent_entry_of_a_sparse_row_is_missing_for_xgboost(tmp_path: Path) -> None:
+    import scipy.sparse
+
+    data = scipy.sparse.random(200, 4, 0.5, format="csr", random_state=0)
+    label = np.asarray(data.sum(axis=1)).ravel()
+    model = xgboost.XGBRegressor(n_estimators=5).fit(data, label)
+    exported = export(model, tmp_path, data[:20])
+    assert exported.expected is not None
+    assert exported.expected["outputs"] == model.predict(data[:20]).tolist()
+    assert exported.sample is not None
+    assert any(None in row for row in exported.sample["inputs"])
+    served = xgboost.Booster(model_file=exported.files[0])
+    again = served.predict(xgboost.DMatrix(np.array(exported.sample["inputs"], dtype=float)))
+    assert again.tolist() == exported.expected["outputs"]
+
+
+def test_an_absent_entry_of_a_sparse_row_is_zero_for_other_libraries(tmp_path: Path) -> None:
+    import scipy.sparse
+
+    data = scipy.sparse.random(200, 4, 0.5, format="csr", random_state=0)
+    model = LogisticRegression().fit(data, np.arange(200) % 2)
+    exported = export(model, tmp_path, data[:20])
+    assert exported.sample is not None
+    assert exported.sample["inputs"] == data[:20].toarray().tolist()
+
+
+def test_a_sparse_sample_too_large_to_be_written_out_is_refused(tmp_path: Path) -> None:
+    import scipy.sparse
+
+    data = scipy.sparse.random(3000, 4000, 0.001, format="csr", random_state=0)
+    with pytest.raises(ExportError, match="3000 rows of 4000 columns"):
+        export(LogisticRegression(), tmp_path, data)
+
+
 def test_a_sklearn_pipeline_with_strings(table: Any, tmp_path: Path) -> None:
     from skops import io
 

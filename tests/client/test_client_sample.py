@@ -83,6 +83,15 @@ def test_a_sparse_matrix_is_refused_with_the_way_out() -> None:
         _sample.body(scipy.sparse.csr_matrix([[1, 0]]))
 
 
+def test_a_matrix_that_does_not_give_its_rows_back_is_refused() -> None:
+    import numpy as np
+    import xgboost
+
+    with pytest.raises(ExportError, match="DMatrix") as caught:
+        _sample.body(xgboost.DMatrix(np.zeros((2, 2))))
+    assert "ekiben.missing" in (caught.value.hint or "")
+
+
 def test_answers_take_the_form_of_the_question() -> None:
     frame = pd.DataFrame({"a": [1, 2]}, index=["x", "y"])
     series = _sample.like(frame, [0.5, None])

@@ -349,6 +349,16 @@ def test_xgboost_takes_frames_and_arrays(form: str, client: ekiben.Client, table
     assert np.allclose(deployment.predict(frame), model.predict(data), rtol=1e-5), "a frame by position"
 
 
+def test_sparse_rows_are_answered_as_xgboost_answers_them(client: ekiben.Client) -> None:
+    import scipy.sparse
+    import xgboost
+
+    data = scipy.sparse.random(200, 4, 0.5, format="csr", random_state=0)
+    model = xgboost.XGBRegressor(n_estimators=4).fit(data, data.toarray()[:, 0])
+    deployment = ekiben.push(model, name="sparse", sample=data[:10], client=client)
+    assert deployment.predict(data).tolist() == pytest.approx(model.predict(data).tolist(), rel=1e-5)
+
+
 def test_an_upload_whose_connection_broke_is_sent_once_more(
     client: ekiben.Client, table: pd.DataFrame, tmp_path: Path
 ) -> None:

@@ -4,7 +4,8 @@ The outputs come from the model as it is in this process, before it is written. 
 gives the same; a difference keeps the version from going live.
 
     LightGBM   Booster, LGBMModel        → text       model.txt     outputs of Booster.predict
-    XGBoost    Booster, XGBModel         → JSON       model.json    outputs of Booster.predict at the best iteration
+    XGBoost    Booster, XGBModel         → JSON       model.json    outputs of Booster.predict
+                                                             (XGBModel: up to its best iteration)
     sklearn    estimator, pipeline       → skops      model.skops   outputs of predict_proba, else of predict
     Keras      Sequential, Model         → Keras v3   model.keras   outputs of the model, called
     ONNX       ModelProto                → protobuf   model.onnx    outputs of ONNX Runtime, where it is installed
@@ -67,6 +68,8 @@ def export(model: Any, folder: Path, sample: Any = None) -> Exported:
         )
     if isinstance(sample, Mapping) and "inputs" not in sample:
         sample = _sample.records(sample)
+    if _sample.is_sparse(sample):
+        sample = _sample.dense(sample, xgboost=writer is xgboost.write)
     body = None if sample is None else _sample.body(sample)
     if body is not None and not body.get("inputs"):
         raise ExportError(
