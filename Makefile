@@ -12,7 +12,7 @@ IMAGES ?=
 KINDS ?=
 LOCKS := $(wildcard bentos/*/requirements.in)
 
-.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all conformance lint lock outdated openapi train examples bench bench-build bench-upload bench-serve bench-models bench-cluster clean
+.PHONY: help setup demo up down images cluster-up cluster-down e2e test test-all conformance lint lock outdated openapi train examples bench bench-build bench-upload bench-uploads bench-serve bench-models bench-cluster clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -94,6 +94,9 @@ bench-build: setup ## the figures of builds and images alone
 
 bench-upload: setup ## the figures of large uploads alone
 	@$(BIN)/python -m benchmarks.run upload $(ARGS)
+
+bench-uploads: setup ## the figures of hostile uploads alone
+	@$(BIN)/python -m benchmarks.run uploads $(ARGS)
 
 bench-serve: setup ## the figures of version changes alone
 	@$(BIN)/python -m benchmarks.run serve $(ARGS)

@@ -206,12 +206,12 @@ class Service:
 
 
 @contextlib.contextmanager
-def service(home: Path) -> Iterator[Service]:
+def service(home: Path, *, module: str = "build_service") -> Iterator[Service]:
     """The real server process with a state folder of its own and the default settings."""
     home.mkdir(parents=True)
     env = environment(EKIBEN_HOME=str(home), EKIBEN_PORT="0", EKIBEN_LOG_LEVEL="WARNING")
     with (home / "server.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "build_service"], cwd=ROOT, env=env, stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, "-m", module], cwd=ROOT, env=env, stdout=log, stderr=log)
     try:
         address = home / "url"
         for _ in range(1200):
@@ -227,6 +227,19 @@ def service(home: Path) -> Iterator[Service]:
     finally:
         end(process, 60)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def cancel_builds(url: str) -> None:
+    """What the upload starts is another figure's matter, and would take the processor from the copy."""
+    for _ in range(200):
+        running = [one for one in get_json(f"{url}/builds")["items"] if one["state"] in ("queued", "running")]
+        if not running:
+            return
+        for one in running:
+            with contextlib.suppress(urllib.error.HTTPError):
+                post(f"{url}/builds/{one['id']}/cancel")
+        time.sleep(0.1)
+    raise Failed("builds of the uploads could not be cancelled")
 
 
 class Bench:

@@ -1,6 +1,6 @@
 """Measure the README's figures and write benchmarks/report.json.
 
-    python -m benchmarks.run [all | build | upload | serve | models | cluster] [--quick] [--only FIGURE]
+    python -m benchmarks.run [all | build | upload | uploads | serve | models | cluster] [--quick] [--only FIGURE]
 
 A figure that cannot be measured, or fails, gets null and the reason; the others go on. --quick takes small sizes and
 one round to see that everything works, and writes benchmarks/scratch/quick/ in place of the report. The figures of a
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from benchmarks import build, cluster, crowd, digests, kinds, layers, serve, upload
+from benchmarks import build, cluster, crowd, digests, hostile_uploads, kinds, layers, serve, upload
 from benchmarks.figures import RAW, REPORT, Absent, Figure, Measured, entry, merge, write_raw
 from benchmarks.parts import WORK, Bench
 
@@ -28,6 +28,7 @@ Measure = Callable[[Bench], Measured]
 VERBS: dict[str, dict[str, dict[Figure, Measure]]] = {
     "build": {"build": build.FIGURES, "layers": layers.FIGURES, "digests": digests.FIGURES},
     "upload": {"upload": upload.FIGURES},
+    "uploads": {"hostile_uploads": hostile_uploads.FIGURES},
     "serve": {"serve": serve.FIGURES},
     "models": {"models": kinds.FIGURES},
     "cluster": {"cluster": cluster.FIGURES, "crowd": crowd.FIGURES},

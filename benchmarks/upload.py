@@ -46,7 +46,7 @@ def _settle(service: parts.Service, model: Path) -> None:
     body, kind = Version(1, model).form("small")
     body = body.replace(b'name="name"\r\n\r\nsmall', b'name="deploy"\r\n\r\nfalse', 1)
     parts.post(f"{service.url}/models?name=small", body, **{"Content-Type": kind})
-    _cancel_builds(service)
+    parts.cancel_builds(service.url)
     time.sleep(1)
 
 
@@ -62,7 +62,7 @@ def _round(service: parts.Service, number: int, graph: Path, weights: Path, fold
     answer = json.loads(told)
     if "version" not in answer:
         raise parts.Failed(f"the upload was refused: {answer.get('code')}: {answer.get('detail')}")
-    _cancel_builds(service)
+    parts.cancel_builds(service.url)
     with contextlib.suppress(urllib.error.HTTPError):
         parts.post(f"{service.url}/models/big/versions/{answer['version']}", method="DELETE")
     os.sync()
@@ -81,21 +81,6 @@ def _round(service: parts.Service, number: int, graph: Path, weights: Path, fold
         Sample(number, "copy", "cp", copying, "s"),
         Sample(number, "copy", "total", hashing + copying, "s"),
     ]
-
-
-def _cancel_builds(service: parts.Service) -> None:
-    """What the upload starts is another figure's matter, and would take the processor from the copy."""
-    for _ in range(200):
-        running = [
-            one for one in parts.get_json(f"{service.url}/builds")["items"] if one["state"] in ("queued", "running")
-        ]
-        if not running:
-            return
-        for one in running:
-            with contextlib.suppress(urllib.error.HTTPError):
-                parts.post(f"{service.url}/builds/{one['id']}/cancel")
-        time.sleep(0.1)
-    raise parts.Failed("builds of the uploads could not be cancelled")
 
 
 def memory(bench: parts.Bench) -> Measured:

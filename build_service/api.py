@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Body, Query, Request, Response
 from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, StreamingResponse
 
-from build_service import identity, imports, intake, metrics, shapes, state, tokens, uploads, views
+from build_service import identity, imports, intake, metrics, recognition, shapes, state, tokens, uploads, views
 from build_service.platform import Platform
 from build_service.reconciler import Reconciler
 from build_service.settings import Settings
@@ -60,6 +61,36 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+Answer = TypeVar("Answer")
+
+
+async def _while_waited_for(request: Request, work: Awaitable[Answer], cancel: Callable[[], None]) -> Answer:
+    """What the work gives. It is cancelled when the client goes away or the request is cancelled, and waited for in
+    any case: nothing may be discarded under a thread that writes. The request's body must have been read."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            cancel()
+        await asyncio.wait({working})
+        return working.result()
+    except recognition.Cancelled:
+        raise ClientDisconnect from None
+    except asyncio.CancelledError:
+        cancel()
+        await asyncio.wait({working})
+        working.exception()  # seen: it was cancelled
+        raise
+    finally:
+        leaving.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 class Service:
     """What the endpoints work with; made once by `create_app`."""
 
@@ -73,10 +104,11 @@ class Service:
         reconciler: Reconciler,
         links: Callable[[], views.Links],
         forget: Callable[[], None],
+        examine: recognition.Examine,
     ) -> None:
         self.settings, self.database, self.store, self.kinds = settings, database, store, kinds
         self.platform, self.reconciler, self._links = platform, reconciler, links
-        self._forget = forget
+        self._forget, self._examine = forget, examine
         self._importer = imports.Importer(settings)
         self._limits = intake.Limits(
             settings.max_upload, settings.max_files, settings.max_field, settings.min_free_disk, settings.root
@@ -95,7 +127,7 @@ class Service:
         self.reconciler.wake()
 
     def new_intake(self) -> intake.Intake:
-        return intake.Intake(self.store, self.kinds, self._limits)
+        return intake.Intake(self.store, self.kinds, self._limits, self._examine)
 
     @asynccontextmanager
     async def fetched(self, taken: intake.Intake, request: Request) -> AsyncIterator[None]:
@@ -280,7 +312,10 @@ def router(service: Service) -> APIRouter:
                 view, new = await uploading.run(service.register_parts, taken, in_parts)
             else:
                 async with service.fetched(taken, request):
-                    complete = await uploading.run(taken.finish, service.live_signature, service.settings.allow_code)
+                    complete = await _while_waited_for(
+                        request, uploading.run(taken.finish, service.live_signature, service.settings.allow_code),
+                        taken.cancel,
+                    )  # fmt: skip
                 view, new = await uploading.run(service.register, complete, taken.keep)
         except BaseException as error:
             # A cancelled request or a client that went away too: nothing of it stays.

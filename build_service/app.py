@@ -26,6 +26,7 @@ from build_service.headers import Rules
 from build_service.local import LocalPlatform
 from build_service.platform import InUse, Platform
 from build_service.projection import Projection
+from build_service.recognition import Bounds, Examine, Forkserver
 from build_service.reconciler import Reconciler
 from build_service.remembered import Remembered
 from build_service.router import PREFIX, Router
@@ -54,8 +55,11 @@ class Application:
         await self.asgi(scope, receive, send)
 
 
-def create_app(settings: Settings, *, port: int, leaving: threading.Event | None = None) -> Application:
-    """The service with its parts; they start with the application's lifespan. `port` is where it listens."""
+def create_app(
+    settings: Settings, *, port: int, leaving: threading.Event | None = None, examine: Examine | None = None
+) -> Application:
+    """The service with its parts; they start with the application's lifespan. `port` is where it listens, `examine`
+    what uploads are recognised by (default: bounded children)."""
     root = settings.root
     lock = _claim(root)
     (root / "url").unlink(missing_ok=True)
@@ -98,10 +102,15 @@ def create_app(settings: Settings, *, port: int, leaving: threading.Event | None
         if valid is not None:
             valid.forget()
 
-    service = api.Service(settings, database, store, kinds, platform, reconciler, lambda: links, forget)
+    forkserver = Forkserver(Bounds(settings.recognition_memory, settings.recognition_seconds))
+    service = api.Service(
+        settings, database, store, kinds, platform, reconciler, lambda: links, forget, examine or forkserver.begin
+    )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        if examine is None:
+            forkserver.start()
         reconciler.start()
         sweeper.start()
         if projection is not None:
@@ -122,6 +131,7 @@ def create_app(settings: Settings, *, port: int, leaving: threading.Event | None
             if projection is not None:
                 projection.close()
             platform.close()
+            forkserver.close()
             await inference.close()
             database.close()
             os.close(lock)

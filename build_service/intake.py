@@ -1,7 +1,8 @@
 """Uploads: from the first byte of a request to a version with its manifest, in constant memory.
 
 A body is parsed and hashed as it arrives, in a worker thread, a mebibyte at a time; files go straight to the object
-store under a fresh prefix. The manifest is written last. Whatever fails before leaves nothing behind.
+store under a fresh prefix. What they are is found in a bounded child (`recognition`). The manifest is written last.
+Whatever fails before leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl
@@ -24,6 +25,7 @@ from ulid import ULID
 
 from build_service import metrics
 from build_service.imports import Imported
+from build_service.recognition import Examine
 from build_service.threads import Threads
 from registry import archive, digest, formats, signature
 from registry.errors import EkibenError, InfrastructureError, UserError
@@ -106,8 +108,9 @@ class _Text:
 class Intake:
     """Takes one upload. Used from one worker thread at a time."""
 
-    def __init__(self, store: ObjectStore, kinds: Kinds, limits: Limits) -> None:
+    def __init__(self, store: ObjectStore, kinds: Kinds, limits: Limits, examine: Examine) -> None:
         self._store, self._kinds, self._limits = store, kinds, limits
+        self._examination = examine()
         self.location = _new_location()
         self._files: list[File] = []
         self._paths: dict[str, str] = {}
@@ -121,6 +124,8 @@ class Intake:
         self._filename: str | None = None
         self._imported: Imported | None = None
         self._adopted: Received | None = None
+        self._packed: str | None = None  # where an archive is that is being unpacked
+        self._unpacked = False
         self._settled = False
 
     # --- what arrives -----------------------------------------------------------------------------------------------
@@ -129,6 +134,10 @@ class Intake:
         path = file_path(filename)
         self._open(path)
         self._filename = self._filename or path
+
+    def begin_member(self, path: str) -> None:
+        """As `begin_file`, for a path that was checked."""
+        self._open(path)
 
     def _open(self, path: str) -> None:
         key = collision_key(path)
@@ -234,16 +243,17 @@ class Intake:
         that it is whole until the version is registered."""
         if received.size > self._limits.upload:
             raise too_large(self._limits.upload)
-        with self._store.open(f"{received.location}/files/{received.path}") as stream:
-            packed = received.sha256 is None and archive.is_archive(stream)  # its members are hashed, and it goes
-            found = "" if packed else _sha256(stream)
-        if received.sha256 not in (None, found):
-            raise UserError(
-                "upload_digest_mismatch",
-                f"The file has SHA-256 {found}, and {received.sha256} was announced for it.",
-                field="upload_id",
-                hint="It changed while it was sent: DELETE the upload, and begin a new one.",
-            )
+        found = ""  # it is hashed once it is known to be no archive, of which only the members count
+        if received.sha256 is not None:
+            with self._store.open(f"{received.location}/files/{received.path}") as stream:
+                found = _sha256(stream)
+            if received.sha256 != found:
+                raise UserError(
+                    "upload_digest_mismatch",
+                    f"The file has SHA-256 {found}, and {received.sha256} was announced for it.",
+                    field="upload_id",
+                    hint="It changed while it was sent: DELETE the upload, and begin a new one.",
+                )
         self._adopted, self.location, self._filename = received, received.location, received.path
         self._clear_adopted()
         self._paths[collision_key(received.path)] = received.path
@@ -302,8 +312,9 @@ class Intake:
                 hint="curl -F file=@model.txt URL/models",
             )
         name = self._name()
-        self._expand_archive()
-        recognised = self._recognise()
+        with self._examination:
+            self._expand_archive()
+            recognised = self._recognise()
         if recognised.needs:
             formats.check_needs(recognised, self._text("requirements"))
         kind = formats.choose_kind(recognised, self._kinds, self._text("kind"))
@@ -345,6 +356,10 @@ class Intake:
         seconds = time.monotonic() - self._started
         return Upload(self.location, name, manifest, recognised.signature, labels, self.deploys, force, seconds)
 
+    def cancel(self) -> None:
+        """Give the upload up from another thread: what examines it ends at once, and `finish` with Cancelled."""
+        self._examination.cancel()
+
     def keep(self, new: bool) -> None:
         """The version's row is written: from now on nothing may take its objects away. Where there was such a version
         already, these are not needed."""
@@ -363,6 +378,8 @@ class Intake:
             self._clear_adopted()
         else:
             self._store.delete(self.location)
+        if self._packed is not None:
+            self._store.delete(self._packed)
 
     @property
     def _in_place(self) -> bool:
@@ -373,7 +390,7 @@ class Intake:
 
     def _recognise(self) -> formats.Recognised:
         try:
-            return formats.recognise([(file.path, file.size) for file in self._files], self._open_stored)
+            return self._examination.recognise([(file.path, file.size) for file in self._files], self._open_stored)
         except UserError as error:
             if self._imported is None or error.code not in ("pickle_refused", "skops_untrusted_type"):
                 raise
@@ -408,20 +425,25 @@ class Intake:
         if len(self._files) != 1:
             return
         only = self._files[0]
-        with self._open_stored(only.path) as stream:
-            if not archive.is_archive(stream):
-                return
-            self._files, self._paths, self._total = [], {}, 0
-            if self._adopted is not None:
-                self.location = _new_location()
-            limits = archive.Limits(files=self._limits.files, total=self._limits.upload)
-            for member in archive.members(stream, limits, strip_top=True):
-                self._open(member.path)
-                while chunk := member.reader.read(_CHUNK):
-                    self.write(chunk)
-                self.end_file()
-        if self._adopted is None and collision_key(only.path) not in self._paths:
-            self._store.delete(f"{self.location}/files/{only.path}")
+        limits = archive.Limits(files=self._limits.files, total=self._limits.upload)
+        members = _Members(self)
+        if self._examination.unpack(only.path, only.size, self._open_stored, limits, members):
+            if self._packed is not None:
+                self._store.delete(self._packed)
+                self._packed = None
+        elif not only.sha256:
+            with self._open_stored(only.path) as stream:
+                self._files = [replace(only, sha256=_sha256(stream))]
+
+    def begin_members(self) -> None:
+        """From now on the members of the archive are the upload's files; those given before are not."""
+        if self._unpacked:
+            self._store.delete(self.location)
+        elif self._adopted is None:
+            self._packed = self.location
+        self._unpacked = True
+        self.location = _new_location()
+        self._files, self._paths, self._total = [], {}, 0
 
     def _samples(self, generic: bool) -> tuple[Any, Any]:
         """Sample and expected as request and response bodies; a sample file may carry its outputs along."""
@@ -603,6 +625,28 @@ def too_large(limit: int) -> UserError:
         hint="Raise EKIBEN_MAX_UPLOAD, if a model may be that large.",
         status=413,
     )
+
+
+class _Members:
+    """Takes the members of an archive into an Intake, in place of the archive."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake, self._begun = intake, False
+
+    def begin_again(self) -> None:
+        self._begun = False
+
+    def begin_file(self, path: str) -> None:
+        if not self._begun:
+            self._intake.begin_members()
+            self._begun = True
+        self._intake.begin_member(path)
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._intake.write(data)
+
+    def end_file(self) -> None:
+        self._intake.end_file()
 
 
 class _Form:

@@ -38,6 +38,10 @@ def _content(file: Path | None) -> str | None:
     return None if file is None else file.read_text().strip()
 
 
+DEFAULT_MAX_RECOGNITION_MEMORY = 384 * MIB
+DEFAULT_MAX_RECOGNITION_SECONDS = 20.0
+
+
 class Settings(ClusterSettings):
     model_config = SettingsConfigDict(env_prefix="EKIBEN_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
@@ -104,6 +108,14 @@ class Settings(ClusterSettings):
     upload_idle_seconds: float = Field(
         60, gt=0, description="Time an upload may stand still before it is given up, in seconds."
     )
+    recognition_memory: int = Field(
+        DEFAULT_MAX_RECOGNITION_MEMORY, ge=64 * MIB, description="Bytes of memory of the process that examines an "
+        "upload: what it is, and what an archive holds.",
+    )  # fmt: skip
+    recognition_seconds: float = Field(
+        DEFAULT_MAX_RECOGNITION_SECONDS, gt=0, description="CPU time that it may take, in seconds; one second more for "
+        "each 8 MiB of the upload.",
+    )  # fmt: skip
     min_free_disk: int = Field(
         256 * MIB, ge=0, description="Bytes that must stay free on the state folder's disk; below, uploads answer 507."
     )

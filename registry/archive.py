@@ -2,6 +2,7 @@
 
     for member in archive.members(stream):      # tar, tar.gz, tar.bz2, tar.xz (any stream) or zip (a seekable one)
         store(member.path, member.reader)
+    archive.unpack(stream, limits, sink)        # the same without a folder that all files share
 
 A bad archive raises a UserError, possibly after some members were given: the upload fails whole, so whoever stores must
 throw away what was stored. `scan` finds every fault beforehand where the stream can be read twice.
@@ -17,7 +18,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 from registry import archive_zip
 from registry.archive_tar import is_tar, tar_members
@@ -38,16 +39,18 @@ CLUTTER_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
 @dataclass(frozen=True)
 class Limits:
-    """`files` members that count, `total` unpacked bytes, `ratio` of unpacked to packed bytes, `depth` of folders."""
+    """`files` members that count, `total` unpacked bytes, `ratio` of unpacked to packed bytes, `depth` of folders,
+    `headers` bytes of what a tar says of its members besides their own headers: long names, extended headers."""
 
     files: int = 10_000
     total: int = 64 << 30
     ratio: int = 200
     depth: int = 16
+    headers: int = 32 << 20
 
     @property
     def entries(self) -> int:
-        """Members of any sort, folders and clutter too: each costs time."""
+        """Members and headers of any sort, folders and clutter too: each costs time."""
         return 10 * self.files + 1000
 
 
@@ -98,40 +101,61 @@ def is_archive(stream: BinaryIO) -> bool:
         stream.seek(0)
 
 
-def members(
-    stream: BinaryIO, limits: Limits | None = None, *, strip_top: bool = False, clutter: bool = False
-) -> Iterator[Member]:
+class Sink(Protocol):
+    """Takes the files of an archive, one after the other. After `begin_again` those given before do not count."""
+
+    def begin_again(self) -> None: ...
+
+    def begin_file(self, path: str) -> None: ...
+
+    def write(self, data: bytes | memoryview) -> None: ...
+
+    def end_file(self) -> None: ...
+
+
+def members(stream: BinaryIO, limits: Limits | None = None, *, clutter: bool = False) -> Iterator[Member]:
     """The regular files of an archive, one at a time, each path checked.
 
-    `strip_top` takes away a folder that all files share (`model/a`, `model/b`); it reads a seekable stream twice.
     `clutter` keeps version control, caches and virtual environments, which are passed over otherwise.
     """
-    limits = limits or Limits()
-    top = ""
-    if strip_top:
-        start = stream.tell()
-        top = common_top([path for path, _ in scan(stream, limits, clutter=clutter)])
+    yield from _members(stream, limits or Limits(), strip=False, clutter=clutter)
+
+
+def unpack(stream: BinaryIO, limits: Limits, sink: Sink) -> None:
+    """Give the regular files of a seekable archive to the sink, without the folder that all of them share, if there is
+    one (`model/a`, `model/b`). It is read once, or twice where a later file does not share the first one's folder."""
+    start = stream.tell()
+    try:
+        _give(_members(stream, limits, strip=True, clutter=False), sink)
+    except _NoSharedFolder:
+        sink.begin_again()
         stream.seek(start)
-    yield from _members(stream, limits, top, clutter)
+        _give(_members(stream, limits, strip=False, clutter=False), sink)
+
+
+def _give(inner: Iterator[Member], sink: Sink) -> None:
+    for member in inner:
+        sink.begin_file(member.path)
+        while data := member.reader.read(1 << 20):
+            sink.write(data)
+        sink.end_file()
 
 
 def scan(stream: BinaryIO, limits: Limits | None = None, *, clutter: bool = False) -> list[tuple[str, int]]:
     """(path, size) of each file, once the whole archive was read and found sound."""
     found = []
-    for member in _members(stream, limits or Limits(), "", clutter):
+    for member in _members(stream, limits or Limits(), strip=False, clutter=clutter):
         while member.reader.read(1 << 20):
             pass
         found.append((member.path, member.size))
     return found
 
 
-def common_top(paths: list[str]) -> str:
-    """The one folder that holds all paths, "" if there is none."""
-    tops = {path.split("/", 1)[0] if "/" in path else "" for path in paths}
-    return tops.pop() if len(tops) == 1 else ""
+class _NoSharedFolder(Exception):
+    """The files of the archive do not share the folder that its first ones have."""
 
 
-def _members(stream: BinaryIO, limits: Limits, top: str, clutter: bool) -> Iterator[Member]:
+def _members(stream: BinaryIO, limits: Limits, *, strip: bool, clutter: bool) -> Iterator[Member]:
     head, stream = _peeked(stream)
     sort = sort_of(head)
     if sort is None:
@@ -142,7 +166,7 @@ def _members(stream: BinaryIO, limits: Limits, top: str, clutter: bool) -> Itera
             f"The file is {'a ' + name if name else 'no'} archive{'' if name else ' that is known here'}.",
             "Send a .tar.gz or a .zip.",
         )
-    check = _Check(limits, top, clutter)
+    check = _Check(limits, strip, clutter)
     inner = _zip(stream, check) if sort == "zip" else _tar(stream, sort, check)
     empty = True
     for member in inner:
@@ -155,18 +179,16 @@ def _members(stream: BinaryIO, limits: Limits, top: str, clutter: bool) -> Itera
 class _Check:
     """What one archive has shown so far."""
 
-    def __init__(self, limits: Limits, top: str, clutter: bool) -> None:
+    def __init__(self, limits: Limits, strip: bool, clutter: bool) -> None:
         self.limits = limits
-        self._top = top
+        self._top: str | None = None if strip else ""  # None: the first file says
         self._clutter = clutter
         self._seen: dict[str, tuple[str, bool]] = {}
-        self._files = self._entries = self._total = 0
+        self._files = self._entries = self._total = self._headers = 0
 
     def path(self, name: str, sort: str) -> str | None:
         """The path to give a regular file; None for what is passed over."""
-        self._entries += 1
-        if self._entries > self.limits.entries:
-            self._too_many(self._entries - 1)
+        self._count_entry()
         while name.startswith("./"):
             name = name[2:].lstrip("/")
         if sort == "folder":
@@ -201,7 +223,32 @@ class _Check:
         self._files += 1
         if self._files > self.limits.files:
             self._too_many(self._files - 1)
-        return name.removeprefix(f"{self._top}/") if self._top else name
+        return self._stripped(name)
+
+    def _stripped(self, name: str) -> str:
+        if self._top is None:
+            self._top = name.partition("/")[0] if "/" in name else ""
+        if not self._top:
+            return name
+        if not name.startswith(f"{self._top}/"):
+            raise _NoSharedFolder
+        return name.removeprefix(f"{self._top}/")
+
+    def header(self, size: int) -> None:
+        """Counts a header that says more of members, of so many bytes."""
+        self._count_entry()
+        self._headers += size
+        if self._headers > self.limits.headers:
+            _refuse(
+                "archive_bomb",
+                f"The archive has more than {self.limits.headers} bytes of extended headers.",
+                "Pack the files without their extended attributes: tar --format=ustar -czf model.tar.gz FOLDER.",
+            )
+
+    def _count_entry(self) -> None:
+        self._entries += 1
+        if self._entries > self.limits.entries:
+            self._too_many(self._entries - 1)
 
     def size(self, name: str, size: int) -> None:
         """Counts the unpacked bytes of a member, passed over or not."""
@@ -250,7 +297,7 @@ def _tar(stream: BinaryIO, sort: str, check: _Check) -> Iterator[Member]:
                 f"The file is {sort}-compressed and holds no tar archive.",
                 "Send it unpacked, or pack it with: tar -czf model.tar.gz FILE.",
             )
-    for member in tar_members(plain):
+    for member in tar_members(plain, check.header):
         path = check.path(member.name, member.sort)
         check.size(member.name, member.size)
         if path is not None:

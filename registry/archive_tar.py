@@ -9,7 +9,7 @@ Source: POSIX.1-2017 pax; GNU tar manual, "Basic Tar Format".
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NoReturn
 
@@ -17,6 +17,7 @@ from registry.errors import UserError
 
 _BLOCK = 512
 _LARGEST_EXTRA = 1 << 20  # bytes of a pax header or a long name
+_MOST_RECORDS = 1000  # of one pax header
 _CHUNK = 1 << 20
 _ZEROS = bytes(_BLOCK)
 
@@ -48,8 +49,10 @@ def is_tar(head: bytes) -> bool:
     return len(head) >= _BLOCK and head[:_BLOCK] != _ZEROS and _checksum_fits(head[:_BLOCK])
 
 
-def tar_members(stream: BinaryIO) -> Iterator[TarMember]:
-    """The members of a tar, in order. TarFault where it is cut, or anything but an ordinary archive."""
+def tar_members(stream: BinaryIO, count_header: Callable[[int], None]) -> Iterator[TarMember]:
+    """The members of a tar, in order. TarFault where it is cut, or anything but an ordinary archive.
+
+    `count_header` is called with the size in bytes of each header that is no member, before it is read."""
     long_name: bytes | None = None
     pax: dict[str, str] | None = None
     while True:
@@ -63,6 +66,7 @@ def tar_members(stream: BinaryIO) -> Iterator[TarMember]:
         size = _number(header[124:136], "size")
         flag = header[156:157]
         if flag in (b"L", b"K", b"x", b"g"):
+            count_header(size)
             content = _extra(stream, size)
             if flag == b"L":
                 if long_name is not None:
@@ -135,8 +139,11 @@ def _sort(flag: bytes, name: str) -> str:
 def _pax(content: bytes) -> dict[str, str]:
     """Records `LENGTH KEY=VALUE\\n`."""
     records: dict[str, str] = {}
-    at = 0
+    at = count = 0
     while at < len(content):
+        count += 1
+        if count > _MOST_RECORDS:
+            raise TarFault("archive_bomb", f"an extended header has more than {_MOST_RECORDS} records")
         space = content.find(b" ", at, at + 12)
         digits = content[at:space] if space > at else b""
         if not digits.isdigit():
@@ -188,7 +195,7 @@ def _checksum_fits(header: bytes) -> bool:
         return False
     plain = header[:148] + b" " * 8 + header[156:]
     # some old tars sum signed bytes
-    return int(text, 8) in (sum(plain), sum(byte - 256 if byte > 127 else byte for byte in plain))
+    return int(text, 8) in (sum(plain), sum(plain) - 256 * sum(byte > 127 for byte in plain))
 
 
 def _read(stream: BinaryIO, count: int) -> bytes:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from registry import archive
 from registry.archive import Limits, is_archive, members, scan
 from registry.errors import UserError
 
@@ -70,6 +71,35 @@ def unpack(data: bytes | BinaryIO, limits: Limits | None = None, **more: bool) -
     return {member.path: member.reader.read() for member in members(stream, limits, **more)}
 
 
+class Kept:
+    """A sink that keeps what it is given, and how often that began again."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.begun = 1
+        self._path = ""
+
+    def begin_again(self) -> None:
+        self.files, self.begun = {}, self.begun + 1
+
+    def begin_file(self, path: str) -> None:
+        self._path = path
+        self.files[path] = b""
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.files[self._path] += bytes(data)
+
+    def end_file(self) -> None:
+        self._path = ""
+
+
+def stripped(data: bytes) -> tuple[dict[str, bytes], int]:
+    """What `archive.unpack` gives, and how often the archive was read."""
+    kept = Kept()
+    archive.unpack(io.BytesIO(data), Limits(), kept)
+    return kept.files, kept.begun
+
+
 def refused(data: bytes | BinaryIO, limits: Limits | None = None, **more: bool) -> UserError:
     with pytest.raises(UserError) as error:
         unpack(data, limits, **more)
@@ -114,10 +144,33 @@ def test_folders_and_a_leading_dot_are_no_members():
     assert unpack(zip_of(("m/", b""), ("m/x", b"1"))) == {"m/x": b"1"}
 
 
-def test_a_top_folder_that_all_share_is_stripped_on_request():
+def test_a_top_folder_that_all_share_is_stripped_in_one_reading():
     entries = (special("m", tarfile.DIRTYPE), ("m/x", b"1"), ("m/n/y", b"2"))
-    assert unpack(gzip.compress(tar_of(*entries)), strip_top=True) == {"x": b"1", "n/y": b"2"}
-    assert unpack(zip_of(("m/x", b"1"), ("n/y", b"2")), strip_top=True) == {"m/x": b"1", "n/y": b"2"}
+    assert stripped(gzip.compress(tar_of(*entries))) == ({"x": b"1", "n/y": b"2"}, 1)
+    assert stripped(tar_of(("x", b"1"), ("m/y", b"2"))) == ({"x": b"1", "m/y": b"2"}, 1)
+
+
+@pytest.mark.parametrize("pack", [zip_of, tar_of])
+def test_a_folder_that_only_the_first_files_share_stays(pack):
+    data = pack(("m/x", b"1"), ("m/z", b"3"), ("n/y", b"2"))
+    assert stripped(data) == ({"m/x": b"1", "m/z": b"3", "n/y": b"2"}, 2)
+
+
+def test_every_header_of_a_tar_counts():
+    """Global and extended headers and long names cost time as members do, whatever they say."""
+    few = Limits(files=10)
+    notes = {"comment": "x" * 400}
+    global_headers = tarfile.TarInfo.create_pax_global_header(notes) * (few.entries + 1)
+    long_names = tarfile.TarInfo._create_gnu_long_header("x" * 200, tarfile.GNUTYPE_LONGNAME, "utf-8", "strict")  # type: ignore[attr-defined]
+    data = global_headers + tar_of(("x", b"1"))
+    assert refused(gzip.compress(data), few).code == "archive_too_many_files"
+    assert (
+        refused(tarfile.TarInfo.create_pax_global_header({"comment": "x" * 900_000}) * 40 + data).code == "archive_bomb"
+    )
+    tiny = tarfile.TarInfo.create_pax_global_header({f"k{number}": "" for number in range(1001)})
+    assert refused(tiny + tar_of(("x", b"1"))).code == "archive_bomb"
+    assert unpack(tarfile.TarInfo.create_pax_global_header(notes) * 100 + tar_of(("x", b"1")), few) == {"x": b"1"}
+    assert refused(long_names * 2 + tar_of(("x", b"1"))).code == "archive_unsupported"
 
 
 def test_clutter_of_computers_and_projects_is_passed_over_even_where_it_is_links():
