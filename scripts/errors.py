@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _RAISED = frozenset(
-    ("UserError", "InfrastructureError", "EkibenError", "Failure", "StartError", "InputError", "Problem")
+    ("UserError", "InfrastructureError", "EkibenError", "Failure", "StartError", "InputError", "Problem", "NameTaken")
 )
 _ROOMS = ("registry", "builder_image", "build_service", "bentos/serving", "bentos")
 

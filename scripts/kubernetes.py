@@ -26,6 +26,11 @@ OLDEST = (1, 31)
 NAMESPACE, BUILDS, MODELS = "ekiben", "ekiben-builds", "ekiben-models"
 UNPUBLISHED = ("service", "builder", "minio")
 _OF_MODELS = "ingresses,horizontalpodautoscalers,poddisruptionbudgets,deployments,services,networkpolicies"
+# The earlier name of `ekiben.default-deny`; one with our label is of a deployment, and the service's to delete.
+_OLD_POLICIES = (
+    "delete", "networkpolicies", "--field-selector=metadata.name=nothing", "--selector=!app.kubernetes.io/managed-by",
+    "--ignore-not-found",
+)  # fmt: skip
 _LOOK_SECONDS = 2.0
 
 Object = Mapping[str, Any]
@@ -74,6 +79,8 @@ def up(overlay: Path, seconds: float = 600) -> None:
     # It ended long ago, or is to start again with a new image: a Job's template cannot be changed.
     kubectl("-n", NAMESPACE, "delete", "job", "ekiben-secrets", "--ignore-not-found")
     kubectl("apply", "-k", str(overlay))
+    for namespace in (NAMESPACE, BUILDS, MODELS):
+        kubectl("-n", namespace, *_OLD_POLICIES)
     wait(seconds)
     url = _setting("EKIBEN_PUBLIC_URL")
     print(f"Ekiben is up: {url} (API at {url}/docs)")

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ _RETRY_FIRST, _RETRY_LONGEST = 0.2, 10.0  # seconds before a list that failed is
 _REQUEST_SECONDS = (5.0, 30.0)  # to connect, to read
 _LONGEST_MESSAGE = 1500
 _REMEMBERED_DELETIONS = 2000
+_DELETIONS = 3  # attempts to delete an object at the version that was read
 
 
 class ClusterError(InfrastructureError):
@@ -68,6 +69,10 @@ class NotThere(Refused):
 
 class Conflict(Refused):
     """409: it exists already, or it changed since it was read."""
+
+
+class NameTaken(Refused):
+    """An object that is not ours has the name of one that is wanted."""
 
 
 class _Gone(Exception):
@@ -142,6 +147,11 @@ class Cluster:
     def get(self, kind: str, namespace: str, name: str) -> Object | None:
         return self._caches[kind, namespace].get(name)
 
+    def known(self, kind: str, namespace: str, name: str) -> Object | None:
+        """From the cache where there is one of the kind, else from the server."""
+        cache = self._caches.get((kind, namespace))
+        return self.read(kind, namespace, name) if cache is None else cache.get(name)
+
     def of(self, kind: str, namespace: str, subject: str) -> list[Object]:
         """Objects of one deployment, build, or (events) of the object with this UID."""
         return self._caches[kind, namespace].of(subject)
@@ -155,13 +165,37 @@ class Cluster:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def apply(self, obj: Object, *, resource_version: str | None = None) -> Object:
-        """Server-side apply. With a `resource_version`, only if the object is still the one that was read: Conflict."""
-        if resource_version is not None:
-            obj = {**obj, "metadata": {**obj["metadata"], "resourceVersion": resource_version}}
+    def apply(self, obj: Object, *, over: Object) -> Object:
+        """Server-side apply over the object that was read, which the caller has found to be ours. Conflict if it has
+        changed meanwhile.
+
+        `force`, as what others have edited in an object of ours is taken back."""
+        assert is_ours(over), f"{over['metadata']['name']} is not ours to write over"
+        over = self._owned_by_apply(obj["kind"], over)
+        expected = {key: over["metadata"][key] for key in ("uid", "resourceVersion")}
+        obj = {**obj, "metadata": {**obj["metadata"], **expected}}
         query = {"fieldManager": names.MANAGER, "force": "true", "fieldValidation": "Strict"}
         made = self._call("PATCH", self._path(obj), query, obj, "application/apply-patch+yaml")
         return self._note(obj["kind"], obj["metadata"]["namespace"], made)
+
+    def _owned_by_apply(self, kind: str, live: Object) -> Object:
+        """Turn fields that a `create` of ours set into fields of server-side apply, which then takes away what is no
+        longer wanted: to the server, the same manager owns fields twice, once for each of the two operations
+        (https://kubernetes.io/docs/reference/using-api/server-side-apply/#upgrading-from-client-side-apply-to-server-side-apply).
+        """
+        meta = live["metadata"]
+        entries = meta.get("managedFields", ())
+        at = next((at for at, each in enumerate(entries) if _is_created(each)), None)
+        if at is None:
+            return live
+        # A replaced resourceVersion makes an object that has changed meanwhile a Conflict.
+        body = [
+            {"op": "replace", "path": f"/metadata/managedFields/{at}/operation", "value": "Apply"},
+            {"op": "replace", "path": "/metadata/resourceVersion", "value": meta["resourceVersion"]},
+        ]
+        path = _RESOURCES[kind].path(meta["namespace"], meta["name"])
+        made = self._call("PATCH", path, {"fieldManager": names.MANAGER}, body, "application/json-patch+json")
+        return self._note(kind, meta["namespace"], made)
 
     def create(self, obj: Object) -> Object:
         """Conflict if there is one of the name."""
@@ -193,11 +227,24 @@ class Cluster:
         self.read("Deployment", meta["namespace"], meta["name"])
 
     def delete(self, kind: str, obj: Object) -> None:
-        """This very object and what belongs to it; fine if it is gone, or if another has its name by now."""
+        """Delete this very object and what belongs to it, as long as it bears our label. Fine if it is gone, if another
+        has its name by now, or if somebody has taken the label away."""
         meta = obj["metadata"]
-        body = {"preconditions": {"uid": meta["uid"]}, "propagationPolicy": "Background"}
-        with suppress(NotThere, Conflict):
-            self._call("DELETE", _RESOURCES[kind].path(meta["namespace"], meta["name"]), body=body)
+        live: Object | None = obj
+        for attempt in range(_DELETIONS):
+            if live is None or live["metadata"]["uid"] != meta["uid"] or not is_ours(live):
+                break
+            expected = {"uid": meta["uid"], "resourceVersion": live["metadata"]["resourceVersion"]}
+            if attempt == _DELETIONS - 1:  # its status changes all the time
+                del expected["resourceVersion"]
+            body = {"preconditions": expected, "propagationPolicy": "Background"}
+            try:
+                self._call("DELETE", _RESOURCES[kind].path(meta["namespace"], meta["name"]), body=body)
+                break
+            except NotThere:
+                break
+            except Conflict:
+                live = self.read(kind, meta["namespace"], meta["name"])
         self._caches[kind, meta["namespace"]].drop(meta["uid"])
 
     def log_lines(
@@ -228,7 +275,7 @@ class Cluster:
         """What the server answered to a write is known at once, before the watch tells it."""
         obj = _trimmed(kind, obj)
         cache = self._caches.get((kind, namespace))
-        if cache is not None:
+        if cache is not None and (kind in _NOT_OURS or is_ours(obj)):  # as the lists and watches select
             cache.put(obj)
         return obj
 
@@ -443,7 +490,12 @@ class _Cache:
                 del self._subjects[subject]
 
 
-def subject_of(kind: str, obj: Object) -> str | None:
+def is_ours(obj: Mapping[str, Any]) -> bool:
+    """Whether the object bears the label of what this service has made."""
+    return (obj["metadata"].get("labels") or {}).get(names.MANAGED_BY) == names.MANAGER
+
+
+def subject_of(kind: str, obj: Mapping[str, Any]) -> str | None:
     """The deployment or build that an object belongs to; of an event, the UID of what it is about."""
     if kind == "Event":
         about: str | None = obj["involvedObject"].get("uid")
@@ -462,6 +514,10 @@ def _selector(kind: str) -> dict[str, str]:
 def _trimmed(kind: str, obj: Object) -> Object:
     """Without what nobody here reads: hundreds of objects stay in memory."""
     meta = {key: value for key, value in obj["metadata"].items() if key != "managedFields"}
+    managers = obj["metadata"].get("managedFields") or ()
+    if kind not in ("Pod", "Event") and _created_by_us(managers):  # in their order, without the fields
+        said = ("manager", "operation", "subresource")
+        meta["managedFields"] = [{key: each[key] for key in said if key in each} for each in managers]
     if kind == "Pod":
         spec = obj.get("spec", {})
         slim = {
@@ -478,6 +534,17 @@ def _trimmed(kind: str, obj: Object) -> Object:
             key: obj.get(key) for key in kept
         }
     return {**obj, "metadata": meta}
+
+
+def _created_by_us(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether our fields are all those of a `create`; else server-side apply has them already."""
+    applied = any((each.get("manager"), each.get("operation")) == (names.MANAGER, "Apply") for each in entries)
+    return not applied and any(_is_created(each) for each in entries)
+
+
+def _is_created(entry: Mapping[str, Any]) -> bool:
+    """An entry of `managedFields` for what we set by another operation than server-side apply."""
+    return (entry.get("manager"), entry.get("operation"), entry.get("subresource", "")) == (names.MANAGER, "Update", "")
 
 
 def _version(obj: Object) -> int:

@@ -23,8 +23,9 @@ _PUBLIC_BUT = (  # IPv4 and IPv6 ranges that are no part of the public internet
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
     "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
 )  # fmt: skip
-_ROOM_FOR_PACKAGES = 4 * GIB  # a build's scratch besides the model: uv's cache, an environment, the layer of it
 _ROOM_FOR_CODE = 512 * MIB
+_ROOM_FOR_LOGS = 256 * MIB  # kubelets keep five files of 10 MiB of each container, and count them as its disk
+_DISK = "ephemeral-storage"
 
 
 def labels(deployment: str) -> dict[str, str]:
@@ -57,8 +58,12 @@ def resources(order: RevisionOrder, settings: Settings, kind_memory: str) -> Obj
     asked = order.resources
     limit = asked.get("memory") or memory_limit(kind_memory, order.version.size)
     reserved = asked.get("memory") or f"{max(parse_memory(limit) // 2 // MIB, 64)}Mi"
-    requests = {"cpu": asked.get("cpu") or settings.model_cpu, "memory": reserved}
-    limits = {"memory": limit}
+    requests = {
+        "cpu": asked.get("cpu") or settings.model_cpu,
+        "memory": reserved,
+        _DISK: settings.model_disk_request,
+    }
+    limits = {"memory": limit, _DISK: _mebibytes(parse_memory(settings.model_disk) + _ROOM_FOR_LOGS)}
     if gpus := int(asked.get("gpu") or 0):
         requests[settings.gpu_resource] = limits[settings.gpu_resource] = str(gpus)
     return {"requests": requests, "limits": limits}
@@ -76,7 +81,9 @@ def deployment(order: RevisionOrder, settings: Settings, kind_memory: str) -> Ob
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": _metadata(order.deployment, settings.models_namespace, {**selector, **about}),
+        "metadata": _metadata(
+            names.of("Deployment", order.deployment), settings.models_namespace, {**selector, **about}
+        ),
         "spec": {
             "selector": {"matchLabels": selector},
             "strategy": {"type": "Recreate"} if order.strategy == "replace" else rolling,
@@ -99,7 +106,7 @@ def _making(order: RevisionOrder) -> Object:
 
 
 def _serving_pod(order: RevisionOrder, settings: Settings, kind_memory: str) -> Object:
-    volumes: list[Object] = [{"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}}]
+    volumes: list[Object] = [{"name": "tmp", "emptyDir": {"sizeLimit": settings.model_disk}}]
     mounts: list[Object] = [{"name": "tmp", "mountPath": "/tmp"}]
     if not settings.inference_open:
         source = {"name": names.TOKENS_CONFIGMAP, "optional": True}
@@ -162,7 +169,7 @@ def service(name: str, settings: Settings) -> Object:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(name, settings.models_namespace, labels(name)),
+        "metadata": _metadata(names.of("Service", name), settings.models_namespace, labels(name)),
         "spec": {"type": "ClusterIP", "selector": labels(name), "ports": [port]},
     }
 
@@ -171,7 +178,7 @@ def disruption_budget(name: str, settings: Settings) -> Object:
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
-        "metadata": _metadata(name, settings.models_namespace, labels(name)),
+        "metadata": _metadata(names.of("PodDisruptionBudget", name), settings.models_namespace, labels(name)),
         # Pods that are not ready anyway must not hold up the drain of a node.
         "spec": {
             "maxUnavailable": 1,
@@ -187,7 +194,9 @@ def autoscaler(order: RevisionOrder, settings: Settings) -> Object:
     return {
         "apiVersion": "autoscaling/v2",
         "kind": "HorizontalPodAutoscaler",
-        "metadata": _metadata(order.deployment, settings.models_namespace, labels(order.deployment)),
+        "metadata": _metadata(
+            names.of("HorizontalPodAutoscaler", order.deployment), settings.models_namespace, labels(order.deployment)
+        ),
         "spec": {
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": order.deployment},
             "minReplicas": order.replicas,
@@ -205,7 +214,7 @@ def model_policy(name: str, settings: Settings) -> Object:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": _metadata(name, settings.models_namespace, labels(name)),
+        "metadata": _metadata(names.of("NetworkPolicy", name), settings.models_namespace, labels(name)),
         "spec": {
             "podSelector": {"matchLabels": labels(name)},
             "policyTypes": ["Ingress", "Egress"],
@@ -306,13 +315,13 @@ def _build_pod(
 ) -> Object:
     size = order.version.size
     room = {
-        "fetch": size + _ROOM_FOR_PACKAGES,
+        "fetch": size + parse_memory(settings.build_disk),
         "inspect": GIB + size if project else 64 * MIB,
         "assemble": _ROOM_FOR_CODE + (size if project else 0),
     }
-    volumes: list[Object] = [
-        {"name": step, "emptyDir": {"sizeLimit": f"{math.ceil(room[step] / MIB)}Mi"}} for step in names.STEPS
-    ]
+    volumes: list[Object] = [{"name": step, "emptyDir": {"sizeLimit": _mebibytes(room[step])}} for step in names.STEPS]
+    # A pod may use what its largest container may: all volumes are there until it ends.
+    disk = _mebibytes(sum(room.values()) + _ROOM_FOR_LOGS)
     trusted: list[Object] = []
     network = {**_proxies(settings)}
     if settings.ca_configmap:
@@ -340,9 +349,9 @@ def _build_pod(
                 "requests": {
                     "cpu": settings.build_cpu,
                     "memory": settings.build_memory_request,
-                    "ephemeral-storage": f"{math.ceil((2 * size + _ROOM_FOR_CODE) / MIB)}Mi",
+                    _DISK: _mebibytes(min(2 * size + _ROOM_FOR_CODE, sum(room.values()))),
                 },
-                "limits": {"memory": f"{settings.build_memory // MIB}Mi"},
+                "limits": {"memory": f"{settings.build_memory // MIB}Mi", _DISK: disk},
             },
             "terminationMessagePath": "/dev/termination-log",
             "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -449,6 +458,10 @@ def _metadata(name: str, namespace: str, marks: Mapping[str, str]) -> Object:
 
 def _namespace(name: str) -> Object:
     return {"matchLabels": {"kubernetes.io/metadata.name": name}}
+
+
+def _mebibytes(amount: int) -> str:
+    return f"{math.ceil(amount / MIB)}Mi"
 
 
 def _variables(environment: Mapping[str, str]) -> list[Object]:

@@ -38,8 +38,10 @@ TOKENS_CONFIGMAP = "ekiben-inference-tokens"
 TOKENS_FOLDER = "/etc/ekiben/tokens"
 KIND_FOLDER = "/srv/ekiben"
 TOKENS_FILE = f"{TOKENS_FOLDER}/sha256"
-DEFAULT_ROUTE = "ekiben-default"
-BUILDS_POLICY = "ekiben-builds"
+# A dot is in the name of no deployment, nor in what `of` makes of one.
+DEFAULT_ROUTE = "ekiben.default"
+BUILDS_POLICY = "ekiben-builds"  # no object of a deployment is in the builds' namespace
+SUFFIX = "-ekiben"
 
 # Exit codes of a build's step (docs/design.md §7).
 EXIT_USER, EXIT_INFRASTRUCTURE, EXIT_LIMIT = 2, 3, 4
@@ -50,6 +52,12 @@ REFUSED_TO_START = {
     12: "model_load_failed",
     13: "service_import_failed",
 }
+
+
+def of(kind: str, deployment: str) -> str:
+    """Return the name of a deployment's object of this kind. Only the Deployment has the name that the user chose:
+    `kubectl rollout status deploy/NAME` is a promise. What else has that name is not the service's."""
+    return deployment if kind == "Deployment" else f"{deployment}{SUFFIX}"
 
 
 def job(build: str, attempt: int) -> str:

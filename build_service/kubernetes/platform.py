@@ -18,16 +18,18 @@ from typing import Any, Protocol
 import httpx
 import structlog
 
-from build_service.kubernetes import drift, manifests, names, reasons, routes
+from build_service.kubernetes import applying, drift, manifests, names, reasons, routes
 from build_service.kubernetes.cluster import (
     Cluster,
     ClusterError,
     Conflict,
     Forbidden,
+    NameTaken,
     NotThere,
     Refused,
     Unreachable,
     Watched,
+    is_ours,
     subject_of,
 )
 from build_service.kubernetes.logs import BuildLogs
@@ -50,7 +52,10 @@ _SYNC_SECONDS = 5.0  # how long a call waits for the first lists
 _URL_SECONDS = 24 * 3600  # validity of presigned URLs: a build may wait for a node
 _ASK_SECONDS = 2.0  # to ask a pod for the outcome of its golden sample
 _LARGEST_ANSWER = 1 << 20
-_CONFLICTS = 3  # attempts at an object that others write too
+_TAKEN_SECONDS = 2.0  # between two attempts at an object whose name is taken
+# From a deployment's objects under their new names until those of an earlier release go: what an ingress controller
+# needs at most to hear of a Service, as _LEAVE_SECONDS of the manifests.
+_SUPERSEDED_SECONDS = 15.0
 _ROLES_SECONDS = 30.0  # an API server that has just started may not know its Roles yet
 _TAIL_LINES = 200
 _LOG_SECONDS = 1.0  # between two looks at a log that is followed
@@ -80,6 +85,8 @@ class KubernetesPlatform:
         ways = dict.fromkeys((self._route_kind, "Ingress"))
         beside = ("HorizontalPodAutoscaler", "PodDisruptionBudget")
         self._made = (*ways, *beside, "Deployment", "Service", "NetworkPolicy")
+        # Two of them for one deployment are refused by some controllers, or undo each other.
+        self._single = frozenset((*ways, *beside))
         watched = [Watched(kind, self._models_in) for kind in (*self._made, "Pod", "Event", "ResourceQuota")]
         watched += [Watched(kind, self._builds_in) for kind in ("Job", "Pod", "Event")]
         self._lock = threading.RLock()
@@ -87,6 +94,8 @@ class KubernetesPlatform:
         self._changes: dict[str, int] = {}  # of a deployment's objects; counts up
         self._settled: dict[str, tuple[RevisionOrder, int, bool]] = {}  # found to be as wanted: at which change, routed
         self._refusals: dict[str, tuple[int, Finding]] = {}  # of a deployment's revision, by the API server
+        self._taken: dict[str, float] = {}  # when a deployment met an object of another owner
+        self._superseded: dict[str, float] = {}  # since when a deployment has all objects under their new names
         self._seen: dict[tuple[str, int, str], float] = {}  # since when a finding lasts
         self._checked: dict[tuple[str, int], dict[str, Any] | None] = {}
         self._asking: set[tuple[str, int]] = set()
@@ -137,11 +146,9 @@ class KubernetesPlatform:
         )
         try:
             if not self._policy_applied:
-                self._cluster.apply(manifests.builds_policy(self._settings))
+                applying.put(self._cluster, manifests.sealed(manifests.builds_policy(self._settings)))
                 self._policy_applied = True
-            self._cluster.create(made)
-        except Conflict:  # another replica was faster, or the one before is still being deleted
-            self._cluster.read("Job", self._builds_in, names.job(order.id, order.attempt))
+            self._create_job(made)
         except Refused as error:
             failure = Failure(
                 "build_not_started", f"The cluster refuses the build's Job: {error.detail}", hint=error.hint, user=False
@@ -150,6 +157,19 @@ class KubernetesPlatform:
             if not self._lasts((order.id, order.attempt, failure.code), Finding(failure, patience)):
                 raise Unreachable("cluster_unreachable", failure.message, hint=error.hint) from error
             self._refused_builds[order.id, order.attempt] = failure
+
+    def _create_job(self, job: Object) -> None:
+        name = job["metadata"]["name"]
+        try:
+            self._cluster.create(job)
+        except Conflict:  # another replica was faster, or the one before is still being deleted
+            there = self._cluster.read("Job", self._builds_in, name)
+            if there is not None and not is_ours(there):
+                raise NameTaken(
+                    "name_taken_in_cluster",
+                    f"The namespace {self._builds_in!r} has a Job {name!r} that is not Ekiben's. It is left as it is.",
+                    hint=f"Delete it (`kubectl -n {self._builds_in} delete job {name}`), then build again.",
+                ) from None
 
     def build_status(self, order_id: str, attempt: int) -> BuildStatus:
         self._need_lists()
@@ -281,8 +301,15 @@ class KubernetesPlatform:
             self._wanted[name] = order
             if self._settled.get(name) == (order, self._changes.get(name, 0), self._answers(name)):
                 return
+            if time.monotonic() - self._taken.get(name, -_TAKEN_SECONDS) < _TAKEN_SECONDS:
+                return
         try:
             self._bring(order)
+        except NameTaken as error:  # no watch tells when it goes: the next rounds look
+            self._taken[name] = time.monotonic()
+            self._refusals[name] = (order.revision, reasons.name_taken(error.detail, error.hint))
+            log.warning("the name of an object is taken in the cluster", deployment=name, error=error.detail)
+            return
         except Conflict as error:  # somebody else writes; the next round looks again
             log.info("an object is being written by another", deployment=name, error=error.detail)
             self._wake()
@@ -293,6 +320,7 @@ class KubernetesPlatform:
             log.warning("the cluster refuses a deployment", deployment=name, error=error.detail)
             return
         self._refusals.pop(name, None)
+        self._taken.pop(name, None)
         with self._lock:
             # What our own writes changed is counted too, unless something else came in between: then we look again.
             if self._all_there(order):
@@ -300,14 +328,14 @@ class KubernetesPlatform:
 
     def ready(self, deployment: str) -> int:
         self._need_lists()
-        live = self._cluster.get("Deployment", self._models_in, deployment)
+        live = self._of("Deployment", deployment)
         return 0 if live is None else self._serving(deployment, live, self._pods(deployment)).ready
 
     def observe(self, deployment: str) -> Observed:
         self._need_lists()
-        live = self._cluster.get("Deployment", self._models_in, deployment)
+        live = self._of("Deployment", deployment)
         pods = self._pods(deployment)
-        crashes = sum(_restarts(pod) for pod in pods)
+        crashes = sum(reasons.ends(pod) for pod in pods)
         seen = Observed() if live is None else self._serving(deployment, live, pods)
         seen = replace(
             seen,
@@ -318,8 +346,9 @@ class KubernetesPlatform:
         if live is None:
             return self._with_reason(seen, deployment, None, [])
         if _rolled(live):
-            refused = reasons.of_routes(self._cluster.of(self._route_kind, self._models_in, deployment))
-            return replace(seen, waiting=refused)
+            _, finding = self._refusals.get(deployment, (None, None))
+            routes_of = self._cluster.of(self._route_kind, self._models_in, deployment)
+            return replace(seen, waiting=finding.failure if finding else reasons.of_routes(routes_of))
         newest = _wanted_revision(live)
         new = [pod for pod in pods if _revision(pod) == newest and _making(pod) == _making(live["spec"]["template"])]
         return self._with_reason(seen, deployment, live, new)
@@ -354,7 +383,7 @@ class KubernetesPlatform:
                     self._cluster.delete(kind, obj)
         self._table.remove(deployment)
         with self._lock:
-            for memory in (self._wanted, self._settled, self._refusals):
+            for memory in (self._wanted, self._settled, self._refusals, self._taken, self._superseded):
                 memory.pop(deployment, None)
             self._forget_findings(deployment)
             for key in [key for key in self._checked if key[0] == deployment]:
@@ -364,7 +393,7 @@ class KubernetesPlatform:
         """Whether the cluster can have room for this at all; UserError before anything is built."""
         if self._cluster.synced():
             quotas = self._cluster.all("ResourceQuota", self._models_in)
-            current = self._cluster.get("Deployment", self._models_in, deployment)
+            current = self._of("Deployment", deployment)
         else:  # what quotas say is not known at the moment; they will say it themselves
             quotas, current = [], None
         Room(self._settings, quotas).check(current, resources, replicas, strategy)
@@ -430,53 +459,62 @@ class KubernetesPlatform:
     def _bring(self, order: RevisionOrder) -> None:
         name = order.deployment
         for obj in self._objects(order):
-            self._put(obj, order.fence)
-        live = self._cluster.get("Deployment", self._models_in, name)
-        scaler = self._cluster.get("HorizontalPodAutoscaler", self._models_in, name)
+            for kind, left in self._left_over(name):
+                if kind == obj["kind"] and kind in self._single:
+                    self._cluster.delete(kind, left)
+            applying.put(self._cluster, manifests.sealed(obj, order.fence), order.fence)
+        live = self._of("Deployment", name)
+        scaler = self._of("HorizontalPodAutoscaler", name)
         if scaler is not None and order.autoscale is None:
             self._cluster.delete("HorizontalPodAutoscaler", scaler)
         if live is not None and (wanted := _replicas(live, order)) is not None:
             self._cluster.scale(live, wanted)
-        budget = self._cluster.get("PodDisruptionBudget", self._models_in, name)
+        budget = self._of("PodDisruptionBudget", name)
         if budget is not None and order.replicas < 2:
             self._cluster.delete("PodDisruptionBudget", budget)
         if self._route_kind != "Ingress" and self._answers(name):
             for left in self._cluster.of("Ingress", self._models_in, name):
                 self._cluster.delete("Ingress", left)
+        self._retire(name)
 
-    def _put(self, obj: Object, fence: int) -> None:
-        """Applied if the cluster does not hold it; never over what a newer lease has applied."""
-        wanted = manifests.sealed(obj, fence)
-        meta = obj["metadata"]
-        live = self._cluster.get(obj["kind"], meta["namespace"], meta["name"])
-        for attempt in range(_CONFLICTS):
-            if live is None:
-                self._cluster.apply(wanted)
-                return
-            if "deletionTimestamp" in live["metadata"] or drift.holds(live, wanted):
-                return
-            if drift.fence(live) > fence and subject_of(obj["kind"], live) == subject_of(obj["kind"], obj):
-                log.info("a newer lease has applied already", kind=obj["kind"], name=meta["name"])
-                return
-            try:
-                self._cluster.apply(wanted, resource_version=live["metadata"]["resourceVersion"])
-            except Conflict:
-                if attempt == _CONFLICTS - 1:
-                    raise
-                live = self._cluster.read(obj["kind"], meta["namespace"], meta["name"])
-            else:
-                return
+    def _of(self, kind: str, deployment: str) -> Object | None:
+        return self._cluster.get(kind, self._models_in, names.of(kind, deployment))
+
+    def _left_over(self, deployment: str) -> list[tuple[str, Object]]:
+        """Objects of a deployment under the names that an earlier release gave them: first that of the deployment
+        itself, which could be that of an object of the platform."""
+        return [
+            (kind, obj)
+            for kind in self._made
+            for obj in self._cluster.of(kind, self._models_in, deployment)
+            if obj["metadata"]["name"] not in (names.of(kind, deployment), names.DEFAULT_ROUTE)
+        ]
+
+    def _retire(self, deployment: str) -> None:
+        """Delete what is left over, without an interruption: a Service once no route leads to it any more and proxies
+        have heard so. While a route is replaced, the service's own route answers."""
+        left = self._left_over(deployment)
+        routed = any(kind in ("Ingress", "HTTPRoute") for kind, _ in left)
+        if not left or routed:
+            self._superseded.pop(deployment, None)
+            return
+        since = self._superseded.setdefault(deployment, time.monotonic())
+        for kind, obj in left:
+            if kind in self._single or time.monotonic() - since >= _SUPERSEDED_SECONDS:
+                self._cluster.delete(kind, obj)
 
     def _all_there(self, order: RevisionOrder) -> bool:
+        if self._left_over(order.deployment):
+            return False
         for obj in self._objects(order):
             live = self._cluster.get(obj["kind"], self._models_in, obj["metadata"]["name"])
             if live is None or not drift.holds(live, manifests.sealed(obj, order.fence)):
                 return False
-        live = self._cluster.get("Deployment", self._models_in, order.deployment)
+        live = self._of("Deployment", order.deployment)
         return live is not None and _replicas(live, order) is None
 
     def _answers(self, name: str) -> bool:
-        if self._cluster.get(self._route_kind, self._models_in, name) is not None:
+        if self._of(self._route_kind, name) is not None:
             return True
         return any(_ready(pod) for pod in self._cluster.of("Pod", self._models_in, name))
 
@@ -497,6 +535,8 @@ class KubernetesPlatform:
     def _with_reason(self, seen: Observed, deployment: str, live: Object | None, pods: list[Object]) -> Observed:
         """What keeps the newest revision from the traffic, and whether that is certain."""
         revision, finding = self._refusals.get(deployment, (None, None))
+        if finding is not None and deployment in self._taken:  # for as long as its owner leaves it there
+            return replace(seen, behind=True, waiting=finding.failure)
         if finding is None and live is not None:
             revision = _wanted_revision(live)
             pulls = {pod["metadata"]["uid"]: self._failed_pulls(self._models_in, pod) for pod in pods}
@@ -581,7 +621,9 @@ class KubernetesPlatform:
 
     def _publish(self, deployment: str) -> None:
         """The deployment's Service for the service's own router: what no route from outside can list."""
-        service = self._cluster.get("Service", self._models_in, deployment)
+        service = self._of("Service", deployment)
+        if service is None:  # that of an earlier release
+            service = next(iter(self._cluster.of("Service", self._models_in, deployment)), None)
         address = service["spec"].get("clusterIP") if service is not None else None
         ready = [
             _revision(pod)
@@ -652,10 +694,6 @@ def _revision(pod: Object) -> int:
 def _making(of: Object) -> int:
     """Of a pod, or of a Deployment's template."""
     return int((of["metadata"].get("annotations") or {}).get(names.MAKING, 0))
-
-
-def _restarts(pod: Object) -> int:
-    return sum(status.get("restartCount", 0) for status in pod.get("status", {}).get("containerStatuses") or ())
 
 
 def _wanted_revision(deployment: Object) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from build_service.kubernetes import names
@@ -24,6 +24,11 @@ _QUOTA = re.compile(
     r"exceeded quota: (?P<name>[^,]+), requested: (?P<asked>.+), used: (?P<used>.+), limited: (?P<limit>.+)"
 )
 _NO_QUOTA_VALUE = re.compile(r"failed quota: (?P<name>[^:]+): must specify (?P<what>.+)")
+# The kubelet's words for a pod that exceeds a limit of its own (pkg/kubelet/eviction/helpers.go):
+# Usage of EmptyDir volume "tmp" exceeds the limit "1Gi".
+# Container model exceeded its local ephemeral storage limit "1280Mi".
+# Pod ephemeral local storage usage exceeds the total limit of containers 1280Mi.
+_OWN_DISK = re.compile(r"EmptyDir volume .* exceeds the limit|ephemeral (?:local )?storage (?:usage|limit)")
 _NOT_THERE = ("not found", "manifest unknown", "name unknown", "does not exist", "404")
 # A step speaks as `ekiben containerize` does, of options; whoever reads it here has settings and Secrets.
 _HINTS = {
@@ -49,7 +54,13 @@ class Finding:
 def of_rollout(deployment: Object, pods: Iterable[Object], pull_failures: Mapping[str, int]) -> Finding | None:
     """Why the newest revision of a Deployment is not ready, from the Deployment and that revision's pods; None while
     there is nothing wrong. `pull_failures` counts failed pulls by UID of the pod."""
+    pods = list(pods)
+    evicted = [pod for pod in pods if _is_evicted(pod)]
+    if any(_is_ready(pod) for pod in pods):  # what was evicted stays in the list, and has been replaced
+        pods = [pod for pod in pods if not _is_evicted(pod)]
     found = [finding for pod in pods if (finding := of_pod(pod, pull_failures.get(_uid(pod), 0))) is not None]
+    if len(evicted) > 1:  # one may have been an accident
+        found = [replace(each, patience=0.0) if each.failure.code == "out_of_disk" else each for each in found]
     refused = of_refused_pods(deployment)
     if refused is not None:
         found.append(refused)
@@ -60,10 +71,8 @@ def of_rollout(deployment: Object, pods: Iterable[Object], pull_failures: Mappin
 def of_pod(pod: Object, pull_failures: int) -> Finding | None:
     """Why a serving pod is not ready; None where nothing is wrong (yet)."""
     status = pod.get("status", {})
-    if status.get("reason") == "Evicted":
-        return Finding(
-            Failure("evicted", f"The model's pod was evicted: {_short(status.get('message'))}", user=False), None
-        )
+    if _is_evicted(pod):
+        return Finding(_of_eviction(pod), None)
     for container in status.get("containerStatuses", ()):
         finding = _of_container(container, pod, pull_failures)
         if finding is not None:
@@ -167,6 +176,11 @@ def refused(message: str) -> Finding:
     )
 
 
+def name_taken(message: str, hint: str | None) -> Finding:
+    """An object of another owner has the name of one of the deployment's. It may go: nothing is certain."""
+    return Finding(Failure("name_taken_in_cluster", message, hint=hint, user=False), None)
+
+
 def of_routes(routes: Iterable[Object]) -> Failure | None:
     """Why a Gateway does not take a route of a deployment. Of an Ingress nobody says anything."""
     for route in routes:
@@ -189,17 +203,47 @@ def of_routes(routes: Iterable[Object]) -> Failure | None:
 
 
 def last_crash(pods: Iterable[Object]) -> Failure | None:
-    """Of all containers that ended and were started again, the one that ended last."""
-    ends = [
+    """Of all containers that ended and were started again, and of all evicted pods, the one that ended last."""
+    pods = list(pods)
+    ended_containers = [
         (str(ended.get("finishedAt")), ended, container, pod)
         for pod in pods
         for container in pod.get("status", {}).get("containerStatuses") or ()
         if container.get("restartCount") and (ended := (container.get("lastState") or {}).get("terminated"))
     ]
-    if not ends:
-        return None
-    _, ended, container, pod = max(ends, key=lambda end: end[0])
-    return _of_end(ended, container, pod)
+    found = [(at, _of_end(ended, container, pod)) for at, ended, container, pod in ended_containers]
+    found += [(_evicted_at(pod), _of_eviction(pod)) for pod in pods if _is_evicted(pod)]
+    return max(found, key=lambda end: end[0])[1] if found else None
+
+
+def ends(pod: Object) -> int:
+    """How often the pod's process ended although nobody asked for it. An evicted pod is not started again."""
+    statuses = pod.get("status", {}).get("containerStatuses") or ()
+    return sum(status.get("restartCount", 0) for status in statuses) + int(_is_evicted(pod))
+
+
+def _of_eviction(pod: Object) -> Failure:
+    """The node has ended the pod: for what it wrote itself, or because the node was short of something."""
+    words = str(pod["status"].get("message"))
+    if _OWN_DISK.search(words):
+        return Failure(
+            "out_of_disk",
+            f"The model wrote more to disk than it may: {_short(words)}",
+            hint="Write less to /tmp and to the log, or raise EKIBEN_MODEL_DISK.",
+        )
+    return Failure(
+        "evicted",
+        f"The model's pod was evicted: {_short(words)}",
+        hint="The node is short of what the message names; another pod is started.",
+        user=False,
+    )
+
+
+def _evicted_at(pod: Object) -> str:
+    """When the pod's last container ended, or (none had started) when the pod came to the node."""
+    statuses = pod["status"].get("containerStatuses") or ()
+    times = [str(((status.get("state") or {}).get("terminated") or {}).get("finishedAt") or "") for status in statuses]
+    return max([*times, str(pod["status"].get("startTime") or "")])
 
 
 def _of_container(container: Object, pod: Object, pull_failures: int) -> Finding | None:
@@ -283,6 +327,12 @@ def of_build(job: Object, pod: Object | None, *, seconds: float) -> Failure:
                 hint="Raise EKIBEN_BUILD_SECONDS, or look at the build's log for what takes so long.",
             )
         if status.get("reason") == "Evicted":
+            if _OWN_DISK.search(str(status.get("message"))):
+                return Failure(
+                    "build_out_of_disk",
+                    f"The build needed more disk than it may use: {_short(status.get('message'))}",
+                    hint="Ask for fewer or smaller packages, or raise EKIBEN_BUILD_DISK.",
+                )
             return Failure(
                 "build_evicted",
                 f"The build's pod was evicted: {_short(status.get('message'))}",
@@ -411,6 +461,15 @@ def _requests(pod: Object) -> dict[str, str]:
     for container in _containers(pod):
         asked |= container.get("resources", {}).get("requests", {})
     return asked
+
+
+def _is_evicted(pod: Object) -> bool:
+    return bool(pod.get("status", {}).get("reason") == "Evicted")
+
+
+def _is_ready(pod: Object) -> bool:
+    condition = _condition(pod, "Ready")
+    return condition is not None and condition.get("status") == "True"
 
 
 def _is_gpu(resource: str) -> bool:

@@ -23,7 +23,8 @@ assert set(DEFAULT_PATHS) <= RESERVED
 
 def route(name: str, settings: Settings) -> Object:
     """`/inference/NAME` to the deployment's Service."""
-    return _made(name, name, [f"{_PREFIX}/{name}"], settings)
+    kind = "Ingress" if settings.routing == "ingress" else "HTTPRoute"
+    return _made(names.of(kind, name), name, [f"{_PREFIX}/{name}"], settings)
 
 
 def default_route(name: str, settings: Settings) -> Object:
@@ -37,7 +38,7 @@ def _made(title: str, deployment: str, paths: list[str], settings: Settings) -> 
 
 
 def _ingress(title: str, deployment: str, paths: list[str], settings: Settings) -> Object:
-    backend = {"service": {"name": deployment, "port": {"name": names.PORT_NAME}}}
+    backend = {"service": {"name": names.of("Service", deployment), "port": {"name": names.PORT_NAME}}}
     rule: Object = {"http": {"paths": [{"path": path, "pathType": "Prefix", "backend": backend} for path in paths]}}
     if settings.ingress_host:
         rule["host"] = settings.ingress_host
@@ -73,7 +74,7 @@ def _annotations(settings: Settings) -> dict[str, str]:
 def _http_route(title: str, deployment: str, paths: list[str], settings: Settings) -> Object:
     assert settings.gateway is not None, "checked by Settings"
     namespace, gateway = settings.gateway.split("/")
-    backend = {"kind": "Service", "name": deployment, "port": names.SERVICE_PORT}
+    backend = {"kind": "Service", "name": names.of("Service", deployment), "port": names.SERVICE_PORT}
     spec: dict[str, Any] = {
         "parentRefs": [{"kind": "Gateway", "name": gateway, "namespace": namespace}],
         # At most eight matches a rule, by the specification of the Gateway API.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode
 
-from build_service.quantities import parse_amount
+from build_service.quantities import parse_amount, parse_memory
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 _LABEL_KEY = re.compile(r"(?:[a-z0-9.-]{1,253}/)?[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -94,6 +94,10 @@ class ClusterSettings(BaseSettings):
     build_memory_request: str = Field(
         "512Mi", description="Memory that a build's pod asks for; EKIBEN_BUILD_MEMORY bounds it."
     )
+    build_disk: str = Field(
+        "4Gi",
+        description="Disk of a build's pod for packages and environments; what the model's own files need is added.",
+    )
     build_ttl_seconds: int = Field(
         3600, ge=60, description="Time a finished Job stays for kubectl to look at, in seconds."
     )
@@ -112,6 +116,10 @@ class ClusterSettings(BaseSettings):
     model_memory: str = Field(
         "1Gi", description="Memory limit of a project's pod when its deployment says nothing; kinds have their own."
     )
+    model_disk: str = Field(
+        "1Gi", description="Disk that a model's pod may write to /tmp; a pod that writes more is ended."
+    )
+    model_disk_request: str = Field("128Mi", description="Disk that a model's pod asks for, at most EKIBEN_MODEL_DISK.")
     model_priority_class: str = Field(
         "ekiben-models", description="PriorityClass of models, above that of builds; empty: the cluster's default."
     )
@@ -189,6 +197,12 @@ class ClusterSettings(BaseSettings):
         parse_amount(value)
         return value
 
+    @field_validator("build_disk", "model_disk", "model_disk_request")
+    @classmethod
+    def _disk(cls, value: str) -> str:
+        parse_memory(value)
+        return value
+
     @field_validator("namespace", "builds_namespace", "models_namespace", "ingress_class")
     @classmethod
     def _named(cls, value: str) -> str:
@@ -254,6 +268,11 @@ class ClusterSettings(BaseSettings):
             faults.append(
                 "EKIBEN_NAMESPACE, EKIBEN_BUILDS_NAMESPACE and EKIBEN_MODELS_NAMESPACE must differ: "
                 "quotas and rights are kept apart by them"
+            )
+        if parse_memory(self.model_disk_request) > parse_memory(self.model_disk):
+            faults.append(
+                f"EKIBEN_MODEL_DISK_REQUEST={self.model_disk_request} is more than "
+                f"EKIBEN_MODEL_DISK={self.model_disk}: lower the first or raise the second"
             )
         if self.routing == "gateway" and self.gateway is None:
             faults.append("EKIBEN_ROUTING=gateway needs EKIBEN_GATEWAY=NAMESPACE/NAME")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
-from build_service.kubernetes import manifests
+from build_service.kubernetes import applying, manifests
 from build_service.kubernetes.cluster import Cluster
 from build_service.settings import Settings
 from registry.errors import EkibenError
@@ -40,7 +40,7 @@ class TokenFile:
             try:
                 valid = self._valid()
                 if valid != written or age > _AGAIN_SECONDS:
-                    self._cluster.apply(manifests.token_digests(valid, self._settings))
+                    applying.put(self._cluster, manifests.sealed(manifests.token_digests(valid, self._settings)))
                     written, age = valid, 0.0
             except EkibenError as error:
                 log.warning("the tokens of inference were not written", error=error.detail[:300])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -13,57 +12,9 @@ from pydantic import ValidationError
 
 from build_service.kubernetes import drift, manifests, names, routes
 from build_service.kubernetes.room import Room
-from build_service.platform import BuildOrder, RevisionOrder
 from build_service.quantities import parse_amount, parse_memory
-from build_service.settings import Settings
 from registry.errors import UserError
-from registry.versions import Version
-
-MANIFEST = {
-    "files": [{"path": "churn.txt", "size": 10, "sha256": "0" * 64}],
-    "sample": {"size": 1, "sha256": "0" * 64},
-    "expected": None,
-    "requirements": {"path": "requirements.txt", "size": 1, "sha256": "0" * 64},
-}
-BUILD = {"image": {"digest": "sha256:" + "ab" * 32}}
-
-
-def settings(**changes: Any) -> Settings:
-    return Settings(
-        **{
-            "platform": "kubernetes", "s3_endpoint": "http://store:9000", "builder_image": "registry:5000/builder:1",
-            "registry_push": "registry:5000", "registry_pull": "localhost:5000", **changes,
-        }
-    )  # fmt: skip
-
-
-def version(**changes: Any) -> Version:
-    found = Version(
-        "01J", "churn", 3, "sha256:" + "cd" * 32, "lightgbm", "lightgbm-text", 1 << 20, "models/01J", MANIFEST, None,
-        {"team": "$(HOME) ü"}, None, None, None, 0.0, None,
-    )  # fmt: skip
-    return dataclasses.replace(found, **changes)
-
-
-def order(**changes: Any) -> RevisionOrder:
-    return dataclasses.replace(RevisionOrder("churn", 7, version(), BUILD, 1, {}, "rolling"), **changes)
-
-
-def container(obj: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = obj["spec"]["template"]["spec"]["containers"][0]
-    return found
-
-
-def everything(wanted: RevisionOrder, using: Settings) -> list[dict[str, Any]]:
-    name = wanted.deployment
-    return [
-        manifests.deployment(wanted, using, "512Mi"),
-        manifests.service(name, using),
-        manifests.model_policy(name, using),
-        manifests.disruption_budget(name, using),
-        routes.route(name, using),
-        routes.default_route(name, using),
-    ]
+from tests.kubernetes_orders import MANIFEST, build_order, container, everything, order, settings, version
 
 
 def test_a_deployment_runs_the_image_by_digest_from_where_nodes_pull() -> None:
@@ -143,11 +94,6 @@ def test_a_kinds_folder_is_a_claim_that_is_only_read_and_no_other_kind_gets_it()
         settings(kind_folders={"cargo": "/srv/pictures"})
 
 
-def build_order(**changes: Any) -> BuildOrder:
-    image = {"base": "default", "platform": "linux/amd64", "push": {"ref": "r:5000/e:churn-3"}, "output": None}
-    return dataclasses.replace(BuildOrder("b-0123", 2, version(), image, False), **changes)
-
-
 def test_only_the_last_step_holds_the_push_credential_and_the_middle_one_holds_nothing() -> None:
     using = settings(
         registry_read_secret="reads", registry_read="reads:5001", index_secret="index",
@@ -210,6 +156,26 @@ def test_builds_reach_no_private_address_unless_it_is_named() -> None:
     for block in ("10.0.0.0/8", "169.254.0.0/16", "192.168.0.0/16", "172.16.0.0/12", "100.64.0.0/10"):
         assert block in text
     assert "10.1.2.3/32" in text
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_every_container_has_a_bound_of_disk_that_its_volumes_fit_into(project: bool) -> None:
+    using = settings(model_disk="3Gi", model_disk_request="1Gi", build_disk="6Gi")
+    made = build_order(version=version(size=7 << 30))
+    job = manifests.build_job(made, using, spec_url="s", result_url="r", project=project)
+    deployment = manifests.deployment(order(), using, "512Mi")
+    for template in (job["spec"]["template"], deployment["spec"]["template"]):
+        pod = template["spec"]
+        scratch = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if "emptyDir" in volume]
+        for each in (*pod.get("initContainers", ()), *pod["containers"]):
+            disk = {kind: parse_memory(each["resources"][kind]["ephemeral-storage"]) for kind in ("requests", "limits")}
+            assert 0 < disk["requests"] <= disk["limits"]
+            assert disk["limits"] > sum(map(parse_memory, scratch))  # logs count too
+    (fetch,) = [each for each in job["spec"]["template"]["spec"]["volumes"] if each["name"] == "fetch"]
+    assert parse_memory(fetch["emptyDir"]["sizeLimit"]) == (6 + 7) << 30
+    assert container(deployment)["resources"]["requests"]["ephemeral-storage"] == "1Gi"
+    with pytest.raises(ValidationError, match="EKIBEN_MODEL_DISK_REQUEST"):
+        settings(model_disk="100Mi")
 
 
 @given(st.integers(0, 1 << 40))
@@ -338,7 +304,8 @@ def test_amounts_are_compared_as_amounts() -> None:
         manifests.deployment(order(resources={"cpu": "0.5", "memory": "1024Mi"}), settings(), "1Gi")
     )
     live = json.loads(json.dumps(wanted))
-    container(live)["resources"] = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "1Gi"}}
+    for kind, amounts in {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "1Gi"}}.items():
+        container(live)["resources"][kind] |= amounts
     assert drift.holds(live, wanted)
 
 

@@ -156,3 +156,57 @@ def test_whatever_a_model_leaves_in_its_termination_log_is_survived(said: Any) -
     found = finding(status)
     assert found is not None
     assert found.failure.code == "golden_sample_failed"  # by its exit code
+
+
+def evicted(message: str, **status: Any) -> dict[str, Any]:
+    """A pod as a kubelet leaves it; the words are those of its eviction manager."""
+    return {
+        "metadata": {"uid": message},
+        "status": {"phase": "Failed", "reason": "Evicted", "message": message, "startTime": "2026-01-01T00:00:00Z"}
+        | status,
+    }
+
+
+OWN = [
+    'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi". ',
+    'Container model exceeded its local ephemeral storage limit "1280Mi". ',
+    "Pod ephemeral local storage usage exceeds the total limit of containers 1280Mi. ",
+]
+SHORT = (
+    "The node was low on resource: ephemeral-storage. Threshold quantity: 10Gi, available: 1Gi. Container model was "
+    "using 2Gi, request is 128Mi, has larger consumption of ephemeral-storage. "
+)
+READY = {"metadata": {"uid": "next"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}}
+
+
+@pytest.mark.parametrize("message", OWN)
+def test_a_model_that_wrote_too_much_is_told_its_own_limit(message: str) -> None:
+    once = reasons.of_rollout({}, [evicted(message)], {})
+    assert once is not None
+    assert (once.failure.code, once.failure.user, once.patience) == ("out_of_disk", True, None)
+    assert message.strip() in once.failure.message
+    assert "EKIBEN_MODEL_DISK" in str(once.failure.hint)
+    again = reasons.of_rollout({}, [evicted(message), evicted(message)], {})
+    assert again is not None
+    assert again.patience == 0.0
+    assert reasons.of_rollout({}, [evicted(message), READY], {}) is None  # it stays in the list, and was replaced
+    failure = reasons.of_build({}, evicted(message), seconds=60)
+    assert (failure.code, failure.user) == ("build_out_of_disk", True)
+    assert "EKIBEN_BUILD_DISK" in str(failure.hint)
+
+
+def test_a_node_that_is_short_of_disk_is_no_fault_of_the_model() -> None:
+    found = reasons.of_rollout({}, [evicted(SHORT), evicted(SHORT)], {})
+    assert found is not None
+    assert (found.failure.code, found.failure.user, found.patience) == ("evicted", False, None)
+    assert "low on resource: ephemeral-storage" in found.failure.message
+    assert reasons.of_build({}, evicted(SHORT), seconds=60).code == "build_evicted"
+
+
+def test_an_eviction_of_what_is_live_counts_as_an_end_with_its_reason() -> None:
+    pod = evicted(OWN[0])
+    assert reasons.ends(pod) == 1
+    assert reasons.ends(READY) == 0
+    failure = reasons.last_crash([READY, pod])
+    assert failure is not None
+    assert failure.code == "out_of_disk"

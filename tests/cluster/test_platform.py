@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import httpx
 import pytest
+import yaml
 
 from build_service.kubernetes import names
 from build_service.kubernetes.platform import KubernetesPlatform, Store
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.timeout(600)
 DEADLINE = 240.0
 HOST = "anybody.test"
 SUBJECT = Path(__file__).with_name("subject.py")
+K8S = Path(__file__).resolve().parents[2] / "k8s"
 
 
 @dataclass
@@ -301,20 +303,101 @@ def test_drift_is_repaired(place: Place, name: str) -> None:
     place.roll(order)
     place.until(name, lambda seen: seen.applied == order.terms, order)
 
-    place.kubectl("delete", "service", name)
+    place.kubectl("delete", "service", names.of("Service", name))
     place.until(name, lambda seen: seen.applied != order.terms)
     place.until(name, lambda seen: seen.applied == order.terms, order)
-    assert place.get("service", name)["spec"]["ports"][0]["port"] == names.SERVICE_PORT
+    assert place.get("service", names.of("Service", name))["spec"]["ports"][0]["port"] == names.SERVICE_PORT
 
-    place.kubectl("patch", "networkpolicy", name, "--type=merge", "-p", '{"spec": {"egress": [{}]}}')
+    policy = names.of("NetworkPolicy", name)
+    place.kubectl("patch", "networkpolicy", policy, "--type=merge", "-p", '{"spec": {"egress": [{}]}}')
     place.until(name, lambda seen: seen.applied != order.terms)
     place.until(name, lambda seen: seen.applied == order.terms, order)
-    assert place.get("networkpolicy", name)["spec"].get("egress", []) == []
+    assert place.get("networkpolicy", policy)["spec"].get("egress", []) == []
 
     place.kubectl("scale", "deployment", name, "--replicas=3")
     place.until(name, lambda seen: seen.applied != order.terms)
     place.until(name, lambda seen: seen.applied == order.terms and seen.ready == 1, order)
     assert place.get("deployment", name)["spec"]["replicas"] == 1
+
+
+@pytest.mark.parametrize("title", ["nothing", "ekiben-default-deny", "ekiben"])
+def test_a_deployment_leaves_the_platforms_policy_as_it_is(place: Place, title: str) -> None:
+    policies = [
+        each
+        for each in yaml.safe_load_all((K8S / "base" / "network.yaml").read_text())
+        if each["metadata"]["namespace"] == "ekiben-models"
+    ]
+    assert policies
+    for each in policies:
+        each["metadata"]["namespace"] = place.settings.models_namespace
+    place.cluster.apply(*policies)
+
+    def specs() -> dict[str, Any]:
+        return {
+            each["metadata"]["name"]: place.get("networkpolicy", each["metadata"]["name"])["metadata"]
+            for each in policies
+        }
+
+    before = specs()
+    place.roll(place.order(title, 1))
+    assert specs() == before
+    place.platform.delete(title)
+    assert specs() == before
+
+
+def test_an_object_of_another_owner_is_the_reason_for_waiting_and_stays(place: Place, name: str) -> None:
+    there = {
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"name": names.of("NetworkPolicy", name), "namespace": place.settings.models_namespace},
+        "spec": {"podSelector": {}, "policyTypes": ["Egress"]},
+    }  # fmt: skip
+    place.cluster.apply(there)
+    before = place.get("networkpolicy", there["metadata"]["name"])
+    order = place.order(name, 1)
+    seen = place.until(name, lambda now: now.waiting is not None, order)
+    assert seen.waiting is not None
+    assert (seen.waiting.code, seen.failed, seen.behind) == ("name_taken_in_cluster", None, True)
+    assert there["metadata"]["name"] in seen.waiting.message
+    place.platform.delete(name)
+    assert place.get("networkpolicy", there["metadata"]["name"]) == before
+    place.kubectl("delete", "networkpolicy", there["metadata"]["name"])
+    place.roll(order)
+
+
+def test_objects_of_an_earlier_release_go_once_those_that_replace_them_are_there(place: Place, name: str) -> None:
+    order = place.order(name, 1, proven=True, replicas=2, autoscale={"max": 3, "cpu": 70}, default=True)
+    place.roll(order)
+    place.until(name, lambda seen: seen.applied == order.terms, order)
+    pods = [pod["metadata"]["uid"] for pod in place.pods(name)]
+    space, marks = place.settings.models_namespace, f"{names.DEPLOYMENT}={name}"
+    kinds = "services,networkpolicies,ingresses,poddisruptionbudgets,horizontalpodautoscalers"
+    made = place.cluster.get(kinds, "-n", space, "-l", marks)["items"]
+    before = [earlier(each, name) for each in made]
+    assert {each["kind"] for each in before} == {
+        "Service", "NetworkPolicy", "Ingress", "PodDisruptionBudget", "HorizontalPodAutoscaler",
+    }  # fmt: skip
+    place.platform.close()
+    place.kubectl("delete", kinds, "-l", marks)
+    place.cluster.apply(*before)
+    place.start()
+    place.until(name, lambda seen: seen.applied == order.terms and seen.ready == 2, order)
+    found = {
+        (each["kind"], each["metadata"]["name"]) for each in place.cluster.get(kinds, "-n", space, "-l", marks)["items"]
+    }
+    assert found == {(each["kind"], each["metadata"]["name"]) for each in made}
+    assert [pod["metadata"]["uid"] for pod in place.pods(name)] == pods
+    assert eventually(lambda: call(place, f"/inference/{name}/predict"))
+
+
+def earlier(obj: dict[str, Any], deployment: str) -> dict[str, Any]:
+    """The object as an earlier release named it: like the deployment."""
+    name = "ekiben-default" if obj["metadata"]["name"] == names.DEFAULT_ROUTE else deployment
+    meta = {"name": name, "namespace": obj["metadata"]["namespace"], "labels": obj["metadata"]["labels"]}
+    text = json.dumps({"apiVersion": obj["apiVersion"], "kind": obj["kind"], "metadata": meta, "spec": obj["spec"]})
+    spec = json.loads(text.replace(json.dumps(names.of("Service", deployment)), json.dumps(deployment)))
+    for assigned in ("clusterIP", "clusterIPs"):
+        spec["spec"].pop(assigned, None)
+    return dict(spec)
 
 
 def test_an_overtaken_lease_writes_nothing(place: Place, name: str) -> None:
@@ -326,7 +409,7 @@ def test_an_overtaken_lease_writes_nothing(place: Place, name: str) -> None:
 
 def test_replicas_get_a_budget_and_lose_it(place: Place, name: str) -> None:
     place.roll(place.order(name, 1, replicas=2))
-    assert place.get("poddisruptionbudget", name)["spec"]["maxUnavailable"] == 1
+    assert place.get("poddisruptionbudget", names.of("PodDisruptionBudget", name))["spec"]["maxUnavailable"] == 1
     place.roll(place.order(name, 1))
     assert place.kubectl("get", "poddisruptionbudget", "-o", "name", "-l", f"{names.DEPLOYMENT}={name}") == ""
 
@@ -334,7 +417,7 @@ def test_replicas_get_a_budget_and_lose_it(place: Place, name: str) -> None:
 def test_an_autoscaler_has_the_say_between_its_bounds_and_goes(place: Place, name: str) -> None:
     order = place.order(name, 1, proven=True, autoscale={"max": 3, "cpu": 70})
     place.until(name, lambda seen: seen.applied == order.terms and seen.ready == 1, order)
-    spec = place.get("horizontalpodautoscaler", name)["spec"]
+    spec = place.get("horizontalpodautoscaler", names.of("HorizontalPodAutoscaler", name))["spec"]
     assert (spec["minReplicas"], spec["maxReplicas"]) == (1, 3)
     assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
     place.kubectl("scale", "deployment", name, "--replicas=2")  # as the autoscaler does it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import shutil
 import socket
@@ -32,6 +33,17 @@ class Server:
     def kubectl(self, *args: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
         where = [f"--server=https://127.0.0.1:{self.port}", f"--token={_TOKEN}", "--insecure-skip-tls-verify"]
         return subprocess.run([self.program, *where, *args], input=text, capture_output=True, text=True, check=False)
+
+    def kubeconfig(self, file: Path) -> Path:
+        """Write what a client needs to be the administrator here."""
+        parts = {
+            "clusters": {"cluster": {"server": f"https://127.0.0.1:{self.port}", "insecure-skip-tls-verify": True}},
+            "users": {"user": {"token": _TOKEN}},
+            "contexts": {"context": {"cluster": "here", "user": "here"}},
+        }
+        lists = {part: [{"name": "here", **what}] for part, what in parts.items()}
+        file.write_text(json.dumps({"apiVersion": "v1", "kind": "Config", "current-context": "here", **lists}))
+        return file
 
     def ok(self, *args: str, text: str | None = None) -> str:
         done = self.kubectl(*args, text=text)

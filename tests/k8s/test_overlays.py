@@ -130,6 +130,23 @@ def test_pods_have_no_token_unless_they_speak_to_kubernetes(overlay: str, kubect
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_scratch_and_disk_are_bounded(overlay: str, kubectl_program: str) -> None:
+    objects = objects_of(kubectl_program, overlay)
+    for pod in pods_of(objects):
+        for container in containers_of(pod):
+            for kind in ("requests", "limits"):
+                assert "ephemeral-storage" in container["resources"][kind], container["name"]
+        for volume in pod.get("volumes", ()):
+            assert "emptyDir" not in volume or "sizeLimit" in volume["emptyDir"], volume
+    limits = {each["metadata"]["namespace"]: each["spec"]["limits"] for each in objects if each["kind"] == "LimitRange"}
+    assert set(limits) == {"ekiben-builds", "ekiben-models"}
+    for (container,) in limits.values():
+        for kind in ("default", "defaultRequest"):
+            assert "ephemeral-storage" in container[kind]
+    assert set(limits["ekiben-models"][0]["max"]) == {"memory", "ephemeral-storage"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_nobody_speaks_to_anybody_unless_a_policy_says_so(overlay: str, kubectl_program: str) -> None:
     policies = [each for each in objects_of(kubectl_program, overlay) if each["kind"] == "NetworkPolicy"]
     closed = {each["metadata"]["namespace"] for each in policies if each["spec"]["podSelector"] == {}}
