@@ -11,6 +11,7 @@ that the next `up` goes on with the same models, unless `--delete-state` is give
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import subprocess
 import sys
@@ -31,6 +32,10 @@ _OLD_POLICIES = (
     "delete", "networkpolicies", "--field-selector=metadata.name=nothing", "--selector=!app.kubernetes.io/managed-by",
     "--ignore-not-found",
 )  # fmt: skip
+# Address blocks of the NetworkPolicy ekiben-to-api-server.
+_API_BLOCKS = tuple(
+    map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"))
+)
 _LOOK_SECONDS = 2.0
 
 Object = Mapping[str, Any]
@@ -140,10 +145,30 @@ def _look_at_the_cluster() -> None:
         raise Trouble(f"this cluster is Kubernetes {server['gitVersion']}; Ekiben needs {'.'.join(map(str, OLDEST))}")
     context = kubectl("config", "current-context").strip()
     print(f"cluster {context}, Kubernetes {server['gitVersion']}")
+    for address, port in _api_servers():
+        if not admitted(address, port):
+            print(
+                f"warning: the API server is at {address}, port {port}, which the NetworkPolicy ekiben-to-api-server "
+                "does not admit: patch it in your overlay (docs/kubernetes.md, “Addresses”)"
+            )
     classes = _json("get", "storageclasses", "-o", "json")["items"]
     default = "storageclass.kubernetes.io/is-default-class"
     if not any(each["metadata"].get("annotations", {}).get(default) == "true" for each in classes):
         print("warning: there is no default StorageClass; volumes wait until there is one")
+
+
+def _api_servers() -> Iterator[tuple[str, int]]:
+    """Where pods reach the API server: what the Service `kubernetes` leads to."""
+    found = _json("-n", "default", "get", "endpointslices", "-l", "kubernetes.io/service-name=kubernetes", "-o", "json")
+    for each in found["items"]:
+        for port in each.get("ports") or ():
+            for endpoint in each.get("endpoints") or ():
+                yield from ((address, port["port"]) for address in endpoint["addresses"])
+
+
+def admitted(address: str, port: int) -> bool:
+    """Whether k8s/base lets the service reach an API server there."""
+    return port == 6443 or (port == 443 and any(ipaddress.ip_address(address) in block for block in _API_BLOCKS))
 
 
 def _rendered(overlay: Path) -> list[dict[str, Any]]:

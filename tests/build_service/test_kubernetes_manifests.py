@@ -80,6 +80,26 @@ def test_no_pod_has_a_token_a_privilege_or_a_writable_root() -> None:
         assert all("hostPath" not in volume for volume in pod["volumes"])
 
 
+def test_pods_get_only_variables_of_a_fixed_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EKIBEN_TOKEN_OF_ANOTHER", "secret")
+    using = settings(index_url="https://index.example/simple", https_proxy="http://proxy:3128", ca_configmap="ca")
+    job = manifests.build_job(build_order(), using, spec_url="s", result_url="r", project=True)
+    deployment = manifests.deployment(order(), using, "512Mi")
+    pods = [each["spec"]["template"]["spec"] for each in (job, deployment)]
+    found = {
+        variable["name"]
+        for pod in pods
+        for each in (*pod.get("initContainers", ()), *pod["containers"])
+        for variable in each["env"]
+    }
+    assert found == {
+        "EKIBEN_WORK", "EKIBEN_SPEC_URL", "EKIBEN_RESULT_URL", "EKIBEN_REGISTRY_AUTH", "SSL_CERT_FILE", "HTTPS_PROXY",
+        "REQUESTS_CA_BUNDLE", "UV_DEFAULT_INDEX", "EKIBEN_MODEL_NAME", "EKIBEN_MODEL_VERSION", "EKIBEN_MODEL_DIGEST",
+        "EKIBEN_MODEL_METADATA", "EKIBEN_URL_PREFIX", "EKIBEN_MAX_BODY_BYTES", "EKIBEN_REQUEST_SECONDS",
+        "EKIBEN_LEAVE_SECONDS", "EKIBEN_INFERENCE_TOKENS_FILE",
+    }  # fmt: skip
+
+
 def test_a_kinds_folder_is_a_claim_that_is_only_read_and_no_other_kind_gets_it() -> None:
     using = settings(kind_folders={"lightgbm": "pictures", "cargo": "others"})
     pod = manifests.deployment(order(), using, "512Mi")["spec"]["template"]["spec"]

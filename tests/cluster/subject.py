@@ -45,6 +45,11 @@ def main() -> None:
         hoard = []
         while True:
             hoard.append(bytearray(os.urandom(1 << 20) * 16))
+    if behave == "disk":
+        with open("/tmp/flood", "wb") as flood:
+            for _ in range(256):
+                flood.write(bytes(1 << 20))
+        time.sleep(3600)
     if behave == "hang":
         time.sleep(3600)
     ThreadingHTTPServer(("", 3000), Answer).serve_forever()

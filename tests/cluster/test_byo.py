@@ -137,8 +137,17 @@ def overlay_of(company: Company, cluster: Cluster, folder: Path) -> None:
     values |= company.settings() | installation.surroundings(cluster)
     settings["literals"] = [f"{name}={value}" for name, value in values.items()]
     overlay["components"].insert(0, "../../components/custom-ca")
+    stores = yaml.safe_load((OVERLAY / "network.yaml").read_text())
+    ports = [
+        int(each.rpartition(":")[2].partition("/")[0]) for each in (company.s3.endpoint, str(company.database.port))
+    ]
+    where = [{"ipBlock": {"cidr": f"{company.address}/32"}}]
+    stores["spec"]["egress"] = [{"to": where, "ports": [{"port": port} for port in ports]}]
+    (folder / "network.yaml").write_text(yaml.safe_dump(stores))
+    overlay["resources"].remove("network.yaml")
     for kind in ("resources", "components"):
         overlay[kind] = [os.path.relpath((OVERLAY / each).resolve(), folder.resolve()) for each in overlay[kind]]
+    overlay["resources"].append("network.yaml")
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
 
 

@@ -144,6 +144,8 @@ def place(cluster: Cluster, subject: str, tmp_path_factory: pytest.TempPathFacto
         ingress_host="",
         inference_open=True,
         ready_seconds=120,
+        model_disk="64Mi",
+        model_disk_request="16Mi",
         drain_seconds=1,
     )
     spaces = (settings.builds_namespace, settings.models_namespace)
@@ -219,6 +221,13 @@ def test_a_model_that_eats_its_memory_is_told_its_limit(place: Place, name: str)
     failure = place.failure(place.order(name, 1, behave="memory"))
     assert failure.code == "out_of_memory"
     assert "64Mi" in failure.message
+
+
+def test_a_model_that_fills_its_disk_is_told_its_limit(place: Place, name: str) -> None:
+    failure = place.failure(place.order(name, 1, behave="disk"))
+    assert failure.code == "out_of_disk", failure
+    assert "64Mi" in failure.message
+    assert "EKIBEN_MODEL_DISK" in str(failure.hint)
 
 
 def test_a_process_that_ends_again_and_again_is_a_failure(place: Place, name: str) -> None:

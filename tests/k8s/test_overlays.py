@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import ipaddress
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.cluster.policies import Pod, ruleset
 from tests.k8s.conftest import Server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,6 +153,69 @@ def test_nobody_speaks_to_anybody_unless_a_policy_says_so(overlay: str, kubectl_
     policies = [each for each in objects_of(kubectl_program, overlay) if each["kind"] == "NetworkPolicy"]
     closed = {each["metadata"]["namespace"] for each in policies if each["spec"]["podSelector"] == {}}
     assert closed == set(NAMESPACES)
+
+
+def reached(objects: list[dict[str, Any]], name: str, target: Pod, port: int, protocol: str = "tcp") -> bool:
+    """Whether pods of this name in `ekiben` may call the target, by the rules that the tests' cluster makes of them."""
+    caller = Pod("ekiben", "10.9.0.2", {"app.kubernetes.io/name": name}, {})
+    spaces = {space: {"kubernetes.io/metadata.name": space} for space in (*NAMESPACES, "kube-system", target.namespace)}
+    policies = [each for each in objects if each["kind"] == "NetworkPolicy"]
+    text = ruleset([caller, target], spaces, policies)
+    rules = text.partition("chain egress_10_9_0_2 {\n")[2].partition("  }")[0].splitlines()
+    return any(_admits(rule.split(), target.address, port, protocol) for rule in rules[1:])
+
+
+def _admits(words: list[str], address: str, port: int, protocol: str) -> bool:
+    """A rule of nftables as `ruleset` writes it: ip daddr (BLOCK | != BLOCK | { ADDRESS, … }), PROTOCOL dport PORT."""
+    if words[-1:] != ["return"]:
+        return False
+    text, target = " ".join(words), ipaddress.ip_address(address)
+    for negated, block in re.findall(r"ip daddr (!= )?([0-9./]+)", text):
+        if (target in ipaddress.ip_network(block)) is bool(negated):
+            return False
+    if (several := re.search(r"ip daddr \{ ([^}]*) \}", text)) and address not in several[1].split(", "):
+        return False
+    ports = re.search(r"(tcp|udp) dport (\d+)", text)
+    return ports is None or (ports[1], int(ports[2])) == (protocol, port)
+
+
+PUBLIC, PRIVATE, METADATA = "203.0.113.7", "10.77.0.7", "169.254.169.254"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_service_reaches_what_its_settings_name_and_nothing_else(overlay: str, kubectl_program: str) -> None:
+    objects = objects_of(kubectl_program, overlay)
+    (settings,) = (each["data"] for each in objects if each["metadata"]["name"].startswith("ekiben-settings"))
+    inside = {
+        host.split(".")[0]: int(port)
+        for value in settings.values()
+        for host, port in re.findall(r"https?://([a-z0-9-]+\.ekiben\.svc):(\d+)", value)
+    }
+    assert overlay == "byo" or set(inside) == {"minio", "mlflow"}
+    if overlay != "byo":
+        inside["postgres"] = 5432  # its address is in a Secret
+    for name, port in inside.items():
+        assert reached(objects, "ekiben", Pod("ekiben", PRIVATE, {"app.kubernetes.io/name": name}, {}), port), name
+        assert not reached(objects, "ekiben", Pod("ekiben", PRIVATE, {"app.kubernetes.io/name": name}, {}), port + 1)
+    dns, model = Pod("kube-system", PRIVATE, {}, {}), Pod("ekiben-models", PRIVATE, {}, {})
+    assert reached(objects, "ekiben", dns, 53, "udp")
+    assert reached(objects, "ekiben", model, 3000)
+    assert not reached(objects, "ekiben", model, 22)
+    assert not reached(objects, "ekiben", Pod("elsewhere", PRIVATE, {}, {}), 80)
+    assert not reached(objects, "ekiben", Pod("elsewhere", PRIVATE, {}, {}), 3000)
+    for address in (PUBLIC, PRIVATE, METADATA):
+        outside = Pod("", address, {}, {})
+        assert [port for port in (22, 53, 80, 5432, 8080) if reached(objects, "ekiben", outside, port)] == []
+        assert reached(objects, "ekiben", outside, 6443)  # the API server, on any network
+        expected = address == PRIVATE or (address == PUBLIC and overlay == "byo")
+        assert reached(objects, "ekiben", outside, 443) is expected
+    if overlay == "byo":
+        assert reached(objects, "ekiben", Pod("", "10.1.2.2", {}, {}), 5432)
+    else:
+        assert not reached(objects, "mlflow", Pod("", PUBLIC, {}, {}), 443)
+        assert reached(objects, "mlflow", Pod("ekiben", PRIVATE, {"app.kubernetes.io/name": "minio"}, {}), 9000)
+        assert reached(objects, "ekiben-secrets", Pod("", PRIVATE, {}, {}), 443)
+        assert not reached(objects, "ekiben-secrets", Pod("", PUBLIC, {}, {}), 443)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from scripts import kubernetes
 from tests.k8s.conftest import Server
@@ -37,6 +39,19 @@ def test_what_keeps_a_pod_is_told(name: str, word: str) -> None:
 
 def test_a_deployment_whose_pods_are_missing_is_waited_for() -> None:
     assert not kubernetes._rolled(recorded("image_not_found")["deployment"])
+
+
+def test_an_api_server_that_the_policy_does_not_admit_is_noticed() -> None:
+    policies = yaml.safe_load_all((ROOT / "k8s" / "base" / "network.yaml").read_text())
+    (policy,) = (each for each in policies if each["metadata"]["name"] == "ekiben-to-api-server")
+    anywhere, blocks = policy["spec"]["egress"]
+    assert anywhere == {"ports": [{"port": 6443}]}
+    for each in blocks["to"]:
+        address = str(ipaddress.ip_network(each["ipBlock"]["cidr"])[1])
+        assert kubernetes.admitted(address, 443)
+        assert not kubernetes.admitted(address, 16443)
+    assert kubernetes.admitted("203.0.113.7", 6443)
+    assert not kubernetes.admitted("203.0.113.7", 443)
 
 
 def test_what_cannot_work_is_refused_before_anything_is_applied(api_server: Server, tmp_path: Path) -> None:
