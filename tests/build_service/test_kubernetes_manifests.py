@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from build_service.kubernetes import drift, manifests, names, routes
 from build_service.kubernetes.room import Room
 from build_service.quantities import parse_amount, parse_memory
+from build_service.settings import Settings
 from registry.errors import UserError
 from tests.kubernetes_orders import MANIFEST, build_order, container, everything, order, settings, version
 
