@@ -346,6 +346,7 @@ class Intake:
             expected=self._attach("expected.json", expected),
             requirements=self._requirements(),
             python=self._python(),
+            model=recognised.path if kind != PROJECT and len(self._files) > 1 else None,
         )
         writer = self._store.writer(f"{self.location}/manifest.json")
         try:

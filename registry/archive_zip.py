@@ -68,10 +68,14 @@ def is_zip(head: bytes) -> bool:
     return head.startswith((b"PK\x03\x04", b"PK\x05\x06"))
 
 
-def entries(stream: BinaryIO, most: int) -> list[Entry]:
-    """All members in the order of their places in the file. ZipFault if there are more than `most`, or anything odd."""
+def entries(stream: BinaryIO, most: int, *, model: bool = False) -> list[Entry]:
+    """All members in the order of their places in the file. ZipFault if there are more than `most`, or anything odd.
+
+    A `model` is read again by its library through Python's zipfile. What zipfile would read in another way than this
+    reader does is refused there: a name given twice or by an extra field, and comments, which may hold a second end.
+    """
     size = stream.seek(0, io.SEEK_END)
-    count, directory_size, directory, tail = _end(stream, size)
+    count, directory_size, directory, tail = _end(stream, size, model=model)
     if count > most:
         raise ZipFault("archive_too_many_files", f"it has {count} members, {most} are allowed")
     if directory_size > _LARGEST_DIRECTORY:
@@ -85,7 +89,7 @@ def entries(stream: BinaryIO, most: int) -> list[Entry]:
     while at < len(raw):
         if len(found) == count:
             raise ZipFault("archive_unsupported", "its directory holds more members than its end says")
-        entry, at = _central(raw, at)
+        entry, at = _central(raw, at, model=model)
         found.append(_local(stream, entry, directory))
     if len(found) != count:
         raise ZipFault("archive_truncated", "its directory holds fewer members than its end says")
@@ -94,6 +98,8 @@ def entries(stream: BinaryIO, most: int) -> list[Entry]:
         # the next one's local header, at least 30 bytes, must begin past the end of this one
         if before.data + before.packed + _LOCAL.size > after.data:
             raise ZipFault("archive_unsupported", "two of its members overlap")
+    if model and len({entry.name for entry in found}) != len(found):
+        raise ZipFault("archive_unsupported", "it holds a name twice")
     return found
 
 
@@ -117,42 +123,55 @@ def _exactly(stream: BinaryIO, count: int) -> bytes:
     return b"".join(parts)
 
 
-def _end(stream: BinaryIO, size: int) -> tuple[int, int, int, int]:
+def _end(stream: BinaryIO, size: int, *, model: bool) -> tuple[int, int, int, int]:
     """(members, size of the directory, its place, place of the first byte after it)."""
     length = min(size, _END.size + 65535)
     stream.seek(size - length)
     tail = _exactly(stream, length)
-    at = tail.rfind(b"PK\x05\x06")
-    # the comment may itself hold the signature: only a record whose comment ends the file is the end
-    while at >= 0:
-        if len(tail) - at >= _END.size:
-            fields = _END.unpack_from(tail, at)
-            if at + _END.size + fields[7] == len(tail):
-                break
-        at = tail.rfind(b"PK\x05\x06", 0, at)
+    # the last signature that has a whole record after it, as in zipfile; an earlier one would be another directory
+    at = tail.rfind(b"PK\x05\x06", 0, len(tail) - _END.size + 4)
     if at < 0:
         raise ZipFault("archive_truncated", "its directory at the end is missing")
-    _, disk, first_disk, here, count, directory_size, directory, _ = fields
+    _, disk, first_disk, here, count, directory_size, directory, comment = _END.unpack_from(tail, at)
+    if at + _END.size + comment != len(tail):
+        raise ZipFault("archive_truncated", "something follows its end")
+    if model and comment:
+        raise ZipFault("archive_unsupported", "it has a comment")
     place = size - length + at
-    if 0xFFFF in (here, count) or 0xFFFFFFFF in (directory_size, directory):
-        stream.seek(max(0, place - _END64_LOCATOR.size))
-        locator = stream.read(_END64_LOCATOR.size)
-        if len(locator) == _END64_LOCATOR.size and locator.startswith(b"PK\x06\x07"):
-            _, disk, place64, disks = _END64_LOCATOR.unpack(locator)
-            if place64 + _END64.size > place or disks > 1:
-                raise ZipFault("archive_unsupported", "it is spread over several files or damaged")
-            stream.seek(place64)
-            end64 = _END64.unpack(_exactly(stream, _END64.size))
-            if end64[0] != b"PK\x06\x06":
-                raise ZipFault("archive_truncated", "its 64-bit end is damaged")
-            _, _, _, _, disk, first_disk, here, count, directory_size, directory = end64
-            place = place64
+    if (found := _end64(stream, place)) is not None:
+        old = (disk, first_disk, here, count, directory_size, directory)
+        disk, first_disk, here, count, directory_size, directory, place = found
+        if any(
+            value not in (full, now)
+            for value, now, full in zip(old, found, (*[0xFFFF] * 4, *[0xFFFFFFFF] * 2), strict=False)
+        ):
+            raise ZipFault("archive_unsupported", "its end and its 64-bit end differ")
     if disk or first_disk or here != count:
         raise ZipFault("archive_unsupported", "it is spread over several files")
     return count, directory_size, directory, place
 
 
-def _central(raw: bytes, at: int) -> tuple[Entry, int]:
+def _end64(stream: BinaryIO, place: int) -> tuple[int, int, int, int, int, int, int] | None:
+    """The 64-bit end that lies before the end at `place`, and its own place; None where there is none.
+
+    It counts wherever its locator is, as in zipfile, which writes it from 2 GiB on.
+    """
+    if place < _END64_LOCATOR.size + _END64.size:
+        return None
+    stream.seek(place - _END64_LOCATOR.size)
+    signature, disk, place64, disks = _END64_LOCATOR.unpack(_exactly(stream, _END64_LOCATOR.size))
+    if signature != b"PK\x06\x07":
+        return None
+    if place64 != place - _END64_LOCATOR.size - _END64.size or disk or disks > 1:
+        raise ZipFault("archive_unsupported", "it is spread over several files or damaged")
+    stream.seek(place64)
+    end = _END64.unpack(_exactly(stream, _END64.size))
+    if end[0] != b"PK\x06\x06":
+        raise ZipFault("archive_truncated", "its 64-bit end is damaged")
+    return end[4], end[5], end[6], end[7], end[8], end[9], place64
+
+
+def _central(raw: bytes, at: int, *, model: bool) -> tuple[Entry, int]:
     if len(raw) - at < _CENTRAL.size or raw[at : at + 4] != b"PK\x01\x02":
         raise ZipFault("archive_truncated", "its directory is damaged")
     fields = _CENTRAL.unpack_from(raw, at)
@@ -170,6 +189,10 @@ def _central(raw: bytes, at: int) -> tuple[Entry, int]:
         raise ZipFault("archive_unsupported", "it is spread over several files")
     if flags & 0x20 or flags & 0x2000:
         raise ZipFault("archive_unsupported", "it has patched members or a hidden directory")
+    if b"\0" in name_bytes:  # where zipfile ends a name
+        raise ZipFault("archive_unsafe_path", "the name of a member has a NUL")
+    if model and (_names_again(extra) or not (flags & 0x800 or name_bytes.isascii())):
+        raise ZipFault("archive_unsupported", "the name of a member can be read in two ways")
     try:
         # without the UTF-8 flag the bytes are cp437 by the letter, yet many writers put UTF-8 there
         name = name_bytes.decode("utf-8")
@@ -181,6 +204,17 @@ def _central(raw: bytes, at: int) -> tuple[Entry, int]:
     mode = attributes >> 16 if made_by >> 8 in (3, 19) else 0
     folder = name.endswith("/") or mode & 0o170000 == 0o040000
     return Entry(name, size, packed, crc, method, bool(flags & 1 or flags & 0x40), mode, folder, place), end
+
+
+def _names_again(extra: bytes) -> bool:
+    """Whether an extra field holds a name (Info-ZIP's Unicode path), or the fields are not whole."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        if kind == 0x7075:
+            return True
+        at += 4 + length
+    return at != len(extra)
 
 
 def _extra64(extra: bytes, size: int, packed: int, place: int) -> tuple[int, int, int]:

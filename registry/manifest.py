@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -39,6 +40,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PYTHON = re.compile(r"3\.[0-9]{1,2}(?:\.[0-9]{1,3})?")
 _WORD = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _REQUIREMENTS = ("requirements.txt", "pylock.toml", "uv.lock")
+_KEYS = {"schema", "kind", "format", "files", "sample", "expected", "requirements", "python"}
 
 
 def check_name(name: str, *, field: str = "name") -> str:
@@ -162,7 +164,12 @@ class Attachment:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a version is. Its digest is the version's identity; the order in which files are given does not matter."""
+    """What a version is. Its digest is the version's identity; the order in which files are given does not matter.
+
+    `model` is the path of the file that was recognised, from which a loader finds everything else. It is written where
+    a version has several files; of one file there is no choice. Projects have none, and neither have versions from
+    before this field.
+    """
 
     kind: str
     format: str
@@ -171,6 +178,7 @@ class Manifest:
     expected: Attachment | None = None
     requirements: Attachment | None = None
     python: str | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
         self._check()
@@ -187,7 +195,7 @@ class Manifest:
         return digest.of_bytes(self.to_bytes())
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        body: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": self.kind,
             "format": self.format,
@@ -197,6 +205,8 @@ class Manifest:
             "requirements": None if self.requirements is None else self.requirements.to_json(),
             "python": self.python,
         }
+        # absent and not null: the bytes, and so the digests, of versions without it stay as they were
+        return body if self.model is None else {**body, "model": self.model}
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: equal manifests give equal bytes on any machine."""
@@ -211,7 +221,9 @@ class Manifest:
             body = json.loads(data.decode())
         except (ValueError, RecursionError) as error:
             raise _error(f"it is not JSON ({type(error).__name__})") from error
-        _keys(body, "it", {"schema", "kind", "format", "files", "sample", "expected", "requirements", "python"})
+        _keys(body, "it", _KEYS, optional={"model"})
+        if "model" in body and body["model"] is None:
+            _bad("model is null; leave it out")
         if body["schema"] != SCHEMA:
             _bad(f"its schema is {_shown(str(body['schema']))}, this program reads {SCHEMA}")
         if not isinstance(body["files"], list):
@@ -228,7 +240,14 @@ class Manifest:
                 continue
             _keys(entry, name, {"path", "size", "sha256"} if name == "requirements" else {"size", "sha256"})
             attachments[name] = Attachment(entry["size"], entry["sha256"], entry.get("path"))
-        manifest = cls(body["kind"], body["format"], tuple(files), python=body["python"], **attachments)
+        manifest = cls(
+            body["kind"],
+            body["format"],
+            tuple(files),
+            python=body["python"],
+            model=body.get("model"),
+            **attachments,
+        )
         if manifest.to_bytes() != data:
             _bad("it is not in canonical form (keys and files sorted, no spaces)")
         return manifest
@@ -264,6 +283,11 @@ class Manifest:
             _check_content("requirements", self.requirements.size, self.requirements.sha256)
             if self.requirements.path not in _REQUIREMENTS:
                 _bad(f"requirements.path is none of {', '.join(_REQUIREMENTS)}")
+        if self.model is not None:
+            if not isinstance(self.model, str) or self.model not in {file.path for file in self.files}:
+                _bad("model names no file of the version")
+            if len(self.files) == 1:
+                _bad("model is given although there is one file")
         if self.python is not None and (not isinstance(self.python, str) or _PYTHON.fullmatch(self.python) is None):
             _bad("python is no version like 3.11")
 
@@ -280,11 +304,11 @@ def _check_content(where: str, size: object, sha256: object) -> None:
         _bad(f"{where}.sha256 is no SHA-256 in lower-case hex")
 
 
-def _keys(value: object, where: str, names: set[str]) -> None:
+def _keys(value: object, where: str, names: set[str], optional: Set[str] = frozenset()) -> None:
     if not isinstance(value, dict):
         _bad(f"{where} is no object")
-    if set(value) != names:
-        odd = ", ".join(sorted(_shown(key) for key in names.symmetric_difference(value)))
+    if set(value) - optional != names:
+        odd = ", ".join(sorted(_shown(key) for key in names.symmetric_difference(set(value) - optional)))
         _bad(f"{where} has fields too many or too few: {odd[:200]}")
 
 

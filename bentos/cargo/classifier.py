@@ -42,7 +42,7 @@ class Classifier:
             message = f"{ABOUT} cannot be read: {error!r}"
             hint = f'{ABOUT} holds {{"materials": [NAME, …]}}, in the order of the network\'s outputs'
             raise StartError("model_load_failed", message[:500], hint) from error
-        network = Network.load(folder.path(NETWORK), most=MOST)
+        network = Network.load(folder.path(folder.model_file(lambda name: name == NETWORK)), most=MOST)
         if network.shape != (len(materials),):
             message = f"{NETWORK} answers with {list(network.shape)} values a picture; {ABOUT} names {len(materials)}"
             raise StartError("model_load_failed", message, f"name each output in {ABOUT}")

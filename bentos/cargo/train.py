@@ -97,6 +97,7 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
         kind="cargo",
         format="keras-v3",
         files=files,
+        model=classifier.NETWORK,
         sample={"picture": base64.b64encode(data.png(image)).decode()},
         expected=expected,
         parameters={

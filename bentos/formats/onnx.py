@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 from bentos import serving
@@ -19,7 +18,7 @@ class Model:
     def __init__(self, folder: serving.ModelFolder) -> None:
         import onnxruntime
 
-        path = folder.path(_main_file(folder))
+        path = folder.path(folder.model_file(lambda name: name.lower().endswith(".onnx")))
         options = onnxruntime.SessionOptions()
         # one thread: many small requests go side by side, and waiting threads would spin
         options.intra_op_num_threads = 1
@@ -105,17 +104,6 @@ class Model:
             return None
         maps = next((a for a in answers if isinstance(a, list) and a and isinstance(a[0], dict)), None)
         return list(maps[0]) if maps else None
-
-
-def _main_file(folder: serving.ModelFolder) -> str | None:
-    """The model beside its external data: the only .onnx file."""
-    models = [f for f in folder.files if PurePosixPath(f).suffix.lower() == ".onnx"]
-    if len(folder.files) == 1:
-        return None
-    if len(models) != 1:
-        message = f"this version has {len(models)} .onnx files: {', '.join(models)[:300]}"
-        raise serving.StartError("model_load_failed", message, "upload one .onnx file with its external data")
-    return models[0]
 
 
 def _tensor(described: Any) -> Tensor:

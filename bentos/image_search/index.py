@@ -20,7 +20,7 @@ import numpy as np
 
 from bentos.image_search import catalogue
 from bentos.image_search.catalogue import CatalogueError, Vectors
-from bentos.image_search.searching import Search
+from bentos.image_search.searching import Search, network_path
 from bentos.serving.model import ModelFolder
 from bentos.serving.problems import Problem, StartError
 from bentos.training import command, registration
@@ -125,7 +125,8 @@ def outcome_of(folder: ModelFolder, search: Search, changes: Changes) -> Outcome
     return Outcome(
         kind="image_search",
         format="keras-v3",
-        files={catalogue.NETWORK: folder.path(catalogue.NETWORK).read_bytes(), **files},
+        files={catalogue.NETWORK: network_path(folder).read_bytes(), **files},
+        model=catalogue.NETWORK,
         sample=sample,
         expected=expected,
         parameters={

@@ -7,6 +7,7 @@ import io
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ class Query:
     position: int | None = None
 
 
+def network_path(folder: ModelFolder) -> Path:
+    """Return the network of a version. Raises StartError `model_load_failed`."""
+    return folder.path(folder.model_file(lambda name: name == catalogue.NETWORK))
+
+
 @dataclass(frozen=True)
 class Search:
     """A network and the catalogue that was made with it."""
@@ -52,7 +58,7 @@ class Search:
             message = f"this version has no {' and no '.join(missing)}; it has: {', '.join(folder.files)[:300]}"
             hint = f"upload {catalogue.NETWORK}, {catalogue.INDEX} and {catalogue.NAMES} together"
             raise StartError("model_load_failed", message, hint)
-        path = folder.path(catalogue.NETWORK)
+        path = network_path(folder)
         made_with = catalogue.digest(path.read_bytes())
         known = catalogue.load(
             folder.path(catalogue.NAMES).read_bytes(), folder.path(catalogue.INDEX).read_bytes(), made_with

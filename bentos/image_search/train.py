@@ -80,6 +80,7 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
         kind="image_search",
         format="keras-v3",
         files={catalogue.NETWORK: network, **search.catalogue.files()},
+        model=catalogue.NETWORK,
         sample=sample,
         expected=expected,
         parameters={

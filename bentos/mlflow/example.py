@@ -54,6 +54,7 @@ def write(root: Path, seed: int = 0) -> ModelFolder:
             kind="mlflow",
             format="mlflow",
             files={p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()},
+            model="MLmodel",
             sample=sample,
             expected={"outputs": booster.predict(head, num_threads=1).tolist()},
         )

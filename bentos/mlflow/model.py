@@ -24,9 +24,7 @@ class Model:
     def __init__(self, folder: serving.ModelFolder) -> None:
         top, document = _mlmodel(folder)
         flavour, path = _flavour(folder, top, document)
-        beside = [f for f in folder.files if flavour == "onnx" and PurePosixPath(f).is_relative_to(top)]
-        kept = [f for f in beside if f != path and PurePosixPath(f).suffix.lower() != ".onnx"]
-        inner = _load(flavour, document)(replace(folder, kind=flavour, format=None, files=(path, *kept)))
+        inner = _load(flavour, document)(replace(folder, kind=flavour, format=None, model=path))
         self._answer: Callable[[list[Any]], list[Any]] = inner.outputs
         if flavour == "sklearn":
             self._answer = partial(inner.outputs, method=_method(document, inner.methods))
@@ -73,11 +71,7 @@ class Model:
 
 def _mlmodel(folder: serving.ModelFolder) -> tuple[PurePosixPath, dict[str, Any]]:
     """The folder that MLflow wrote, and its MLmodel."""
-    found = [PurePosixPath(f) for f in folder.files if PurePosixPath(f).name == "MLmodel"]
-    if not found:
-        message = f"this version has no MLmodel among its {len(folder.files)} files"
-        raise serving.StartError("model_load_failed", message, _HINT)
-    path = min(found, key=lambda path: (len(path.parts), path))
+    path = PurePosixPath(folder.model_file(lambda name: PurePosixPath(name).name == "MLmodel"))
     try:
         document = yaml.safe_load(folder.path(str(path)).read_bytes())
     except Exception as error:  # besides its own errors PyYAML raises whatever its constructors run into

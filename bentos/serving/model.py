@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +34,8 @@ class ModelFolder:
     """The model's own files, relative to `files/`, sorted."""
     stored: tuple[StoredFile, ...]
     """All that the manifest vouches for: files, sample, expected values, requirements."""
+    model: str | None = None
+    """The file that was recognised at upload; None where there is one file, and in versions from before this field."""
 
     @classmethod
     def read(cls, root: Path) -> ModelFolder:
@@ -59,13 +61,18 @@ class ModelFolder:
                 stored.append(
                     _stored("requirements/" + _plain(manifest["requirements"]["path"]), manifest["requirements"])
                 )
+            files = tuple(str(f["path"]) for f in manifest["files"])
+            model = manifest.get("model")
+            if model is not None and model not in files:
+                raise ValueError(f"model {model!r} is none of its files")
             return cls(
                 root=root,
                 digest="sha256:" + hashlib.sha256(data).hexdigest(),
                 kind=str(manifest["kind"]),
                 format=manifest.get("format"),
-                files=tuple(f["path"] for f in manifest["files"]),
+                files=files,
                 stored=tuple(stored),
+                model=model,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"{root / 'manifest.json'} cannot be read: {error!r}"
@@ -95,15 +102,26 @@ class ModelFolder:
                 )
 
     def path(self, name: str | None = None) -> Path:
-        """The file `name`, or the model's only file. Raises StartError `model_load_failed`."""
-        if name is None:
-            if len(self.files) != 1:
-                message = (
-                    f"a {self.kind} model is one file; this version has {len(self.files)}: {', '.join(self.files)}"
-                )
-                raise StartError("model_load_failed", message[:500], "upload the model file alone")
-            name = self.files[0]
-        return self.root / "files" / name
+        """Return the place of the file `name`, by default of `model_file()`. Raises StartError `model_load_failed`."""
+        return self.root / "files" / (self.model_file() if name is None else name)
+
+    def model_file(self, candidate: Callable[[str], bool] = lambda path: False) -> str:
+        """Return the path of the file to load: what was checked at upload and nothing else.
+
+        The manifest names it where there are several files. In versions from before that, the only file that is a
+        `candidate` by its path is taken. Raises StartError `model_load_failed` where there are none or several.
+        """
+        if self.model is not None:
+            return self.model
+        found = self.files if len(self.files) == 1 else [path for path in self.files if candidate(path)]
+        if len(found) != 1:
+            message = (
+                f"The version has {len(self.files)} files and {len(found)} of them could be its {self.kind} model: "
+                f"{', '.join(found or self.files)}"
+            )
+            hint = "Upload the version again, so that its manifest names the file that was recognised."
+            raise StartError("model_load_failed", f"{message[:500]}.", hint)
+        return found[0]
 
     def sample(self) -> Any | None:
         """The golden sample: a request body, or None."""
@@ -132,8 +150,12 @@ def write_model(
     sample: Any | None = None,
     expected: Any | None = None,
     python: str | None = None,
+    model: str | None = None,
 ) -> ModelFolder:
-    """Write a model folder; the manifest comes last. An old folder at `root` is replaced only if it was a model's."""
+    """Write a model folder; the manifest comes last. An old folder at `root` is replaced only if it was a model's.
+
+    `model` is the file to load; it is written only where there are several, as the service does.
+    """
     if root.exists() and any(root.iterdir()):
         if not (root / "manifest.json").exists():
             raise FileExistsError(f"{root} holds something else than a model; name another folder")
@@ -154,6 +176,8 @@ def write_model(
         "requirements": None,
         "python": python,
     }
+    if model is not None and len(entries) > 1:
+        manifest["model"] = model
     for name, value in (("sample", sample), ("expected", expected)):
         if value is not None:
             (root / f"{name}.json").write_bytes(canonical_json(value))

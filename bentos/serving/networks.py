@@ -6,8 +6,11 @@ Nothing here imports TensorFlow before it is asked to: that takes seconds, and m
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from bentos.serving.problems import StartError
@@ -37,6 +40,22 @@ def tensorflow(threads: int = 1) -> Any:
     return tf
 
 
+@contextmanager
+def as_keras(path: Path) -> Iterator[Path]:
+    """The file by a name that ends in `.keras`.
+
+    Keras chooses its reader by the suffix and an upload is recognised by its content: under another suffix a file that
+    is a zip and HDF5 at once would be read by a loader that its check was not for.
+    """
+    if path.suffix == ".keras":
+        yield path
+        return
+    with TemporaryDirectory() as scratch:
+        link = Path(scratch, "model.keras")
+        link.symlink_to(path.resolve())
+        yield link
+
+
 @dataclass(frozen=True)
 class Network:
     """Pictures in, one answer each out. `run` suits `batches.Batches`."""
@@ -57,7 +76,8 @@ class Network:
         import keras
 
         try:
-            model = keras.saving.load_model(path, compile=False, safe_mode=True)
+            with as_keras(path) as named:
+                model = keras.saving.load_model(named, compile=False, safe_mode=True)
             takes, gives = model.inputs, model.outputs
         except Exception as error:  # Keras raises whatever its layers, h5py and zipfile do
             said = str(error).strip().split("\n")[0][:500]

@@ -96,15 +96,11 @@ class Pretrained:
     @classmethod
     def read(cls, folder: ModelFolder) -> Pretrained:
         """Raises StartError `model_load_failed` where a part is missing or of a kind that is not known here."""
-        configs = [path for path in folder.files if PurePosixPath(path).name == "config.json"]
-        described = [path for path in configs if {"model_type", "architectures"} & set(_json(folder, path))]
-        if not described:
-            raise _failed("there is no config.json of a model", "save the model with save_pretrained, then export it")
-        root = min(described, key=lambda path: (path.count("/"), path)).removesuffix("config.json")
+        root = _described(folder).removesuffix("config.json")
         config, told = _json(folder, f"{root}config.json"), _json(folder, f"{root}tokenizer_config.json")
         if f"{root}tokenizer.json" not in folder.files:
             raise _failed("there is no tokenizer.json beside config.json", "save it with tokenizer.save_pretrained")
-        networks = [path for path in folder.files if path.endswith(".onnx")]
+        networks = [path for path in folder.files if path.lower().endswith(".onnx")]
         if len(networks) > 1:
             raise _failed(f"there are {len(networks)} .onnx files", "upload one of them")
         pooling, normalised, longest = _modules(folder, root)
@@ -268,6 +264,17 @@ class TextModel:
 
 
 # --- what the folder says ----------------------------------------------------------------------------------------
+
+
+def _described(folder: ModelFolder) -> str:
+    """The config.json of the model: as the manifest names it; in older versions the outermost that describes one."""
+    if folder.model is not None:
+        return folder.model
+    found = [path for path in folder.files if PurePosixPath(path).name == "config.json"]
+    found = [path for path in found if {"model_type", "architectures"} & set(_json(folder, path))]
+    if not found:
+        raise _failed("there is no config.json of a model", "save the model with save_pretrained, then export it")
+    return min(found, key=lambda path: (path.count("/"), path))
 
 
 def _json(folder: ModelFolder, path: str) -> dict[str, Any]:

@@ -6,15 +6,13 @@ A function is traced once, for rows of any number: no request makes TensorFlow t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+from pathlib import PurePosixPath
 from typing import Any
 
 from bentos import serving
-from bentos.serving.networks import tensorflow
+from bentos.serving.networks import as_keras, tensorflow
 from bentos.serving.tensors import DTYPES, Tensor, Tensors, value_schema
 
 _KERAS_HINT = "save it with model.save('model.keras'), once it has been built by an Input or by a first call"
@@ -60,10 +58,9 @@ def _keras(folder: serving.ModelFolder) -> Network:
     tf = tensorflow()
     import keras
 
-    files = [f for f in folder.files if PurePosixPath(f).suffix.lower() == ".keras"]
-    path = folder.path(files[0] if len(files) == 1 else None)
+    path = folder.path(folder.model_file(lambda name: name.lower().endswith(".keras")))
     try:
-        with _as_keras(path) as named:
+        with as_keras(path) as named:
             model = keras.saving.load_model(named, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises whatever its layers, h5py and zipfile do
         raise _failed(f"{path.name} cannot be loaded by Keras {keras.__version__}", error, _KERAS_HINT) from error
@@ -114,25 +111,13 @@ def _keras(folder: serving.ModelFolder) -> Network:
     )
 
 
-@contextmanager
-def _as_keras(path: Path) -> Iterator[Path]:
-    """The file by a name that Keras takes: it goes by the suffix, an upload by the content."""
-    if path.suffix == ".keras":
-        yield path
-        return
-    with TemporaryDirectory() as scratch:
-        link = Path(scratch, "model.keras")
-        link.symlink_to(path.resolve())
-        yield link
-
-
 def _saved_model(folder: serving.ModelFolder) -> Network:
     tf = tensorflow()
-    found = [PurePosixPath(f) for f in folder.files if PurePosixPath(f).name == "saved_model.pb"]
-    if not found:
+    path = PurePosixPath(folder.model_file(lambda name: PurePosixPath(name).name == "saved_model.pb"))
+    if path.name != "saved_model.pb":
         message = f"this version has no saved_model.pb among its {len(folder.files)} files"
         raise serving.StartError("model_load_failed", message, _SAVED_HINT)
-    top = min(found, key=lambda path: (len(path.parts), path)).parent
+    top = path.parent
     shown = "the SavedModel" if top == PurePosixPath(".") else f"the SavedModel {top}"
     try:
         loaded = tf.saved_model.load(str(folder.root / "files" / top))

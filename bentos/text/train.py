@@ -172,6 +172,7 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
         kind="text",
         format="transformers-onnx",
         files={**files, FILE: json.dumps(told, indent=1).encode()},
+        model="config.json",
         sample=sample,
         expected=expected,
         parameters={

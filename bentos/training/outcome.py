@@ -34,6 +34,8 @@ class Outcome:
     """Name of the data."""
     dataset_digest: str
     """SHA-256 of the data, in hex."""
+    model: str | None = None
+    """The file that holds the model, where there are several."""
     plots: Mapping[str, bytes] = field(default_factory=dict)
     """Pictures for people, by file name (`calibration.png`); they go to MLflow, not into the version."""
     run: str | None = None
@@ -53,6 +55,7 @@ class Outcome:
             files=self.files,
             sample=self.sample,
             expected=self.expected,
+            model=self.model,
         )
 
     @property

@@ -95,6 +95,7 @@ def write(root: Path, seed: int = 0) -> ModelFolder:
         kind="transformers",
         format="transformers-onnx",
         files=made,
+        model="config.json",
         sample={"inputs": sample},
         expected={"outputs": outputs},
     )

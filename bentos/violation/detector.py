@@ -74,14 +74,11 @@ class Detector:
     @classmethod
     def load(cls, folder: ModelFolder) -> Detector:
         """Raises StartError `model_load_failed`."""
-        networks = [name for name in folder.files if name.endswith(".keras")]
-        if len(networks) != 1:
-            message = f"a violation model is one .keras file and {ABOUT}; this version has {', '.join(folder.files)}"
-            raise StartError("model_load_failed", message[:500], "train one: python -m bentos.violation.train")
         decision = Decision.read(folder)
-        network = Network.load(folder.path(networks[0]), MOST)
+        path = folder.model_file(lambda name: name.endswith(".keras"))
+        network = Network.load(folder.path(path), MOST)
         if network.shape != (1,):
-            message = f"{networks[0]} gives {list(network.shape)} values a picture; one probability is needed"
+            message = f"{path} gives {list(network.shape)} values a picture; one probability is needed"
             raise StartError("model_load_failed", message, "end it with one unit and a sigmoid")
         return cls(network, decision)
 

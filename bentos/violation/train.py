@@ -90,6 +90,7 @@ def train(settings: Settings, progress: Progress) -> tuple[Outcome, str]:
         kind="violation",
         format=_FORMAT,
         files={NETWORK: file, ABOUT: detector.decision.to_bytes()},
+        model=NETWORK,
         sample=sample,
         expected=detector.document(request, detector.probabilities(request.pixels)),
         parameters={

@@ -17,6 +17,7 @@ from registry.formats import (
     keras,
     lightgbm,
     mlflow,
+    neighbours,
     onnx,
     pickles,
     project,
@@ -73,8 +74,9 @@ _MOST_ZIPPED = 100_000
 def recognise(sizes: Mapping[str, int] | Sequence[tuple[str, int]], open: OpenFile) -> Recognised:
     """What the files are. `sizes` gives each path's size in bytes, `open(path)` a seekable binary stream.
 
-    One file must be a model; others may lie beside it (external data, tokenizers, notes). UserError otherwise, with
-    code `empty_file`, `unknown_format`, `pickle_refused`, `truncated_model`, `invalid_model`, `several_models`,
+    One file must be a model; others may lie beside it (external data, tokenizers, notes) as long as they neither look
+    like a model nor are named like one. UserError otherwise, with code `empty_file`, `unknown_format`,
+    `pickle_refused`, `truncated_model`, `invalid_model`, `several_models`, `unrecognised_model`,
     `skops_untrusted_type`, `onnx_external_data`, `keras_lambda` and the like.
     """
     upload = Upload(dict(sizes), open)
@@ -84,28 +86,42 @@ def recognise(sizes: Mapping[str, int] | Sequence[tuple[str, int]], open: OpenFi
         )
     if (found := project.recognise(upload)) is not None:
         return found
-    if (found := mlflow.recognise(upload, _file)) is not None:
-        return found
-    if (found := tensorflow.recognise(upload)) is not None:
-        return found
-    if (found := transformers.recognise(upload)) is not None:
-        return found
+    folder = mlflow.recognise(upload, _file) or tensorflow.recognise(upload) or transformers.recognise(upload)
+    found = _only_model(upload, folder)
+    neighbours.refuse_named_like_models(upload, found)
+    return found
+
+
+def _only_model(upload: Upload, folder: Recognised | None) -> Recognised:
+    """The folder's model, else the file that is one. UserError where there are several, or pickles lie beside it."""
+    own = frozenset() if folder is None else folder.parts | {folder.path}
+    looked_into = [path for path in sorted(upload.sizes) if path not in own][:_MOST_MODELS]
+    if folder is None and len(upload.sizes) == 1 and not upload.sizes[looked_into[0]]:
+        raise UserError(
+            "empty_file",
+            f"{shown(looked_into[0])} is empty.",
+            field="file",
+            hint="Save the model again and look at the file's size before you send it.",
+        )
     models: list[Recognised] = []
-    for path in sorted(upload.sizes)[:_MOST_MODELS]:
-        if upload.sizes[path] == 0:
-            if len(upload.sizes) == 1:
-                raise UserError(
-                    "empty_file",
-                    f"{shown(path)} is empty.",
-                    field="file",
-                    hint="Save the model again and look at the file's size before you send it.",
-                )
-            continue
-        if (found := _file(upload, path)) is not None:
-            models.append(found)
-    if len(models) > 1 and len({model.format for model in models}) == 1 and models[0].format == safetensors.FORMAT:
+    faults: dict[str, UserError] = {}
+    for path in looked_into:
+        try:
+            if upload.sizes[path] and (found := _file(upload, path)) is not None:
+                models.append(found)
+        except UserError as error:
+            faults[path] = error
+    # the raw bytes of a part may look like anything, also like a damaged model
+    parts = frozenset[str]().union(*(model.parts for model in models))
+    models = [model for model in models if model.path not in parts]
+    for path, fault in faults.items():
+        if path not in parts:
+            raise fault
+    if folder is not None:
+        models.insert(0, folder)
+    elif len(models) > 1 and {model.format for model in models} == {safetensors.FORMAT}:
         # shards of one model
-        return replace(models[0], path=models[0].path.rpartition("/")[0])
+        return replace(models[0], parts=frozenset(model.path for model in models[1:]))
     if len(models) > 1:
         raise UserError(
             "several_models",
@@ -119,6 +135,7 @@ def recognise(sizes: Mapping[str, int] | Sequence[tuple[str, int]], open: OpenFi
 
 
 def _file(upload: Upload, path: str) -> Recognised | None:
+    """What one file is; UserError `pickle_refused` where it is a pickle."""
     head = upload.head(path, 8)
     if is_zip(head):
         return _zipped(upload, path)
@@ -138,7 +155,7 @@ def _file(upload: Upload, path: str) -> Recognised | None:
 def _zipped(upload: Upload, path: str) -> Recognised | None:
     with upload.open(path) as stream:
         try:
-            members = entries(stream, _MOST_ZIPPED)
+            members = entries(stream, _MOST_ZIPPED, model=True)
             names = {entry.name for entry in members}
             if "schema.json" in names and (found := skops.recognise(stream, members, path)) is not None:
                 return found

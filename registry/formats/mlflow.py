@@ -7,7 +7,7 @@ one, names the columns. A Keras or SavedModel flavour is that model, with MLflow
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -77,7 +77,9 @@ def recognise(upload: Upload, file: File) -> Recognised | None:
                 _refuse(flavour, f"its model {shown(inner.path)} is {inner.format}")
             known = _signature(body.get("signature"), inner.signature)
             note = f"An MLflow model of the flavour {flavour} ({inner.format})."
-            return Recognised(FORMAT, top, signature=known, notes=(note, *inner.notes), example=_example(inside))
+            parts = _above(top, {inner.path, *inner.parts})
+            notes = (note, *inner.notes)
+            return Recognised(FORMAT, path, signature=known, notes=notes, example=_example(inside), parts=parts)
     for flavour in ("tensorflow", "keras"):
         if isinstance(about := flavours.get(flavour), dict):
             _refuse_code(flavour, about)
@@ -127,6 +129,11 @@ def _below(upload: Upload, folder: str) -> Upload:
     return Upload(sizes, lambda path: upload.open(prefix + path))
 
 
+def _above(folder: str, paths: Set[str]) -> frozenset[str]:
+    """The paths in the whole upload of files below a folder."""
+    return frozenset(f"{folder}/{path}" if folder else path for path in paths)
+
+
 def _model(inside: Upload, file: File, flavour: str, about: dict[str, Any], entry: str) -> Recognised:
     _refuse_code(flavour, about)
     path = about.get(entry)
@@ -154,8 +161,8 @@ def _network(inside: Upload, file: File, flavour: str, top: str) -> Recognised:
         found = file(inside, files[0]) if len(files) == 1 else None
         if found is None or found.format != keras.FORMAT:
             _refuse(flavour, "it holds neither one .keras file nor a SavedModel")
-    path = "/".join(part for part in (top, found.path) if part)
-    return replace(found, path=path, example=_example(inside))
+    (path,) = _above(top, {found.path})
+    return replace(found, path=path, example=_example(inside), parts=_above(top, found.parts))
 
 
 def _refuse_code(flavour: str, about: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from registry.errors import UserError
+from registry.formats.neighbours import is_named_like_a_model
 from registry.formats.protobuf import Fault, Wire
 from registry.formats.upload import Recognised, Upload, shown
 from registry.signature import Signature, Tensor
@@ -54,7 +55,7 @@ def recognise(upload: Upload, path: str) -> Recognised | None:
             ) from fault
     if not walk.has_graph or not walk.opsets:
         return None
-    return Recognised(FORMAT, path, signature=walk.signature(), notes=walk.notes())
+    return Recognised(FORMAT, path, signature=walk.signature(), notes=walk.notes(), parts=walk.parts())
 
 
 def _looks_like(head: bytes) -> bool:
@@ -235,6 +236,8 @@ class _Model:
         place = f"{folder}/{location}" if folder else location
         if place == self._path or place not in self._upload.sizes:
             self._refuse_external(name, f"is in the file {shown(location)!r}, which is not part of this upload")
+        if is_named_like_a_model(place):
+            self._refuse_external(name, f"is in the file {shown(location)!r}, which is named like a model")
         size = self._upload.sizes[place]
         numbers = []
         for key in ("offset", "length"):
@@ -244,7 +247,7 @@ class _Model:
             numbers.append(int(text))
         if sum(numbers) > size:
             self._refuse_external(name, f"reaches past the end of {shown(location)!r} ({size} bytes)")
-        self._external.add(location)
+        self._external.add(place)
 
     def _refuse_external(self, name: str, why: str) -> NoReturn:
         raise UserError(
@@ -312,6 +315,10 @@ class _Model:
         if len(inputs) == 1 and (shape := inputs[0].shape) is not None and len(shape) == 2:
             width = shape[1] if isinstance(shape[1], int) else None
         return Signature(n_features=width, tensors=inputs, outputs=tuple(self._outputs))
+
+    def parts(self) -> frozenset[str]:
+        """The files that hold its external data."""
+        return frozenset(self._external)
 
     def notes(self) -> tuple[str, ...]:
         notes = []

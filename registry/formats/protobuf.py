@@ -8,6 +8,7 @@ from typing import BinaryIO
 _WINDOW = 1 << 16
 _MOST_FIELDS = 20_000_000  # bounds the time
 _LONGEST_TEXT = 1 << 16
+_LARGEST_KEY = (1 << 32) - 1
 
 
 class Fault(Exception):
@@ -70,6 +71,9 @@ class Wire:
             if self._fields > _MOST_FIELDS:
                 raise Fault("it has too many fields")
             key, at = self.varint(at, end)
+            if key > _LARGEST_KEY:
+                # protobuf's own parser drops the upper bits, and would see another field than is seen here
+                raise Fault("a field's key is too large")
             number, wire = self.last = key >> 3, key & 7
             if number == 0:
                 raise Fault("a field has number 0")

@@ -59,7 +59,15 @@ def recognise(upload: Upload) -> Recognised | None:
             if fault.cut:
                 truncated(path, str(fault), _SAVE)
             invalid(path, str(fault), _SAVE)
-    return Recognised(FORMAT, folder, signature=graph.signature())
+    return Recognised(FORMAT, path, signature=graph.signature(), parts=_parts(upload, folder))
+
+
+def _parts(upload: Upload, folder: str) -> frozenset[str]:
+    """The files that TensorFlow writes beside saved_model.pb."""
+    top = f"{folder}/" if folder else ""
+    folders = tuple(f"{top}{name}/" for name in ("variables", "assets", "assets.extra", "debug"))
+    files = {f"{top}fingerprint.pb", f"{top}keras_metadata.pb"}
+    return frozenset(path for path in upload.sizes if path in files or path.startswith(folders))
 
 
 class _Graph:

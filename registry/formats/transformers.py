@@ -67,12 +67,13 @@ def recognise(upload: Upload) -> Recognised | None:
     _check_tokenizer(upload, f"{root}tokenizer.json")
     what = f"{shown(str(config.get('model_type') or 'unknown'))[:40]}"
     if networks:
-        return _onnx(upload, networks, what, bool(tensors))
+        return _onnx(upload, root, networks, what, tensors)
     if tensors or f"{root}{_INDEX}" in upload.sizes:
         count = _weights(upload, root, tensors)
         needs = () if config.get("model_type") in WITHOUT_TORCH else ("torch", "transformers")
         note = f"A {what} model of {count} tensors, with its tokenizer."
-        return Recognised(SAFETENSORS, root, notes=(note,), needs=needs)
+        parts = frozenset(tensors) | _unused(upload)
+        return Recognised(SAFETENSORS, f"{root}config.json", notes=(note,), needs=needs, parts=parts)
     raise UserError(
         "transformers_no_weights",
         f"There is a config.json and a tokenizer.json, and neither an .onnx nor a .safetensors file: {shown(root)}",
@@ -189,7 +190,7 @@ def _check_tokenizer(upload: Upload, path: str) -> None:
         )
 
 
-def _onnx(upload: Upload, networks: list[str], what: str, weights: bool) -> Recognised:
+def _onnx(upload: Upload, root: str, networks: list[str], what: str, weights: list[str]) -> Recognised:
     if len(networks) > 1:
         raise UserError(
             "several_models",
@@ -202,7 +203,13 @@ def _onnx(upload: Upload, networks: list[str], what: str, weights: bool) -> Reco
     note = f"A {what} model as ONNX, with its tokenizer."
     left = ("Its safetensors are not used, and can be left out.",) if weights else ()
     # the network's signature is of token numbers; what callers send are texts
-    return Recognised(ONNX, found.path, notes=(note, *left))
+    parts = {found.path, *found.parts, *weights} | _unused(upload)
+    return Recognised(ONNX, f"{root}config.json", notes=(note, *left), parts=frozenset(parts))
+
+
+def _unused(upload: Upload) -> frozenset[str]:
+    """Weights for TensorFlow that many folders of the Hugging Face Hub have too; nothing opens them."""
+    return frozenset(path for path in upload.sizes if path.rpartition("/")[2] == "tf_model.h5")
 
 
 def _weights(upload: Upload, root: str, files: list[str]) -> int:

@@ -17,9 +17,11 @@ OpenFile = Callable[[str], BinaryIO]
 class Recognised:
     """What an upload is.
 
-    `path` is the file that holds the model ("" where the folder as a whole does), `kind` is set only where the format
-    settles it (`project`), `notes` are plain sentences for the user, `example` is a request's body that came with it,
-    `needs` are packages that its kind has not: the version's own requirements must name them.
+    `path` is the file by which the format is known: a loader opens it and finds everything else from there. `parts` are
+    the other files that belong to the model, such as shards or external data; they are data, whatever they look like.
+    `kind` is set only where the format settles it (`project`), `notes` are plain sentences for the user, `example` is a
+    request's body that came with it, `needs` are packages that its kind has not: the version's own requirements must
+    name them.
     """
 
     format: str
@@ -29,6 +31,7 @@ class Recognised:
     notes: tuple[str, ...] = field(default=())
     example: Any = None
     needs: tuple[str, ...] = ()
+    parts: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

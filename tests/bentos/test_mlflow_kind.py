@@ -73,6 +73,26 @@ def _booster() -> lightgbm.Booster:
     return lightgbm.train({"verbose": -1, "objective": "binary"}, lightgbm.Dataset(FRAME, TARGET), 3)
 
 
+def test_of_two_folders_the_one_that_was_recognised_is_served(saved: Any, tmp_path: Path) -> None:
+    """By its path as text `a-b/…` comes before `a/…`, by its parts after it."""
+    twice = lightgbm.train(
+        {"verbose": -1, "objective": "binary", "learning_rate": 0.5}, lightgbm.Dataset(FRAME, TARGET), 3
+    )
+    files: dict[str, bytes] = {}
+    for name, booster in (("a-b", _booster()), ("a", twice)):
+        made = saved(mlflow.lightgbm, booster)
+        text = made.pop("churn/model.lgb")
+        files |= {path.replace("churn/", f"{name}/"): data for path, data in made.items()}
+        files[f"{name}/model.lgb"] = text
+    assert _refused(files).code == "several_models"
+    found = _see({path: data for path, data in files.items() if path != "a/model.lgb"})
+    assert found.path == "a-b/MLmodel"
+    named = write_model(tmp_path / "n", kind="mlflow", format="mlflow", files=files, model=found.path)
+    assert Model(named).outputs(ROWS) == pytest.approx(_booster().predict(FRAME[10:14]).tolist())
+    with pytest.raises(StartError, match="2 of them could be its mlflow model"):
+        Model(_folder(tmp_path, files))
+
+
 def test_a_booster_is_served_by_the_columns_of_its_signature(saved: Any, tmp_path: Path) -> None:
     booster = _booster()  # which calls the column my_age
     signature = infer_signature(FRAME, booster.predict(FRAME))

@@ -161,6 +161,25 @@ def test_external_data_is_read_from_the_same_folder(tmp_path: Path) -> None:
     assert model.outputs([[0, 1]]) == [weights[1].tolist()]
 
 
+def test_the_file_that_the_manifest_names_is_loaded_whatever_it_is_called(tmp_path: Path) -> None:
+    def adds(value: float) -> bytes:
+        constant = numpy_helper.from_array(np.array([value], np.float32), "c")
+        node = helper.make_node("Add", ["x", "c"], ["y"])
+        ends = [("x", TensorProto.FLOAT, [None, 1])], [("y", TensorProto.FLOAT, [None, 1])]
+        return bytes(_graph([node], *ends, [constant]).SerializeToString())
+
+    files = {"a.bin": adds(1), "evil.onnx": adds(2)}
+    named = write_model(tmp_path / "m", kind="onnx", format="onnx", files=files, model="a.bin")
+    assert Model(named).outputs([[0]]) == [[1]]
+    # versions from before the manifest said so: the only one that it can be, or none
+    old = write_model(tmp_path / "n", kind="onnx", format="onnx", files={**files, "evil.ONNX": adds(3)})
+    with pytest.raises(StartError, match=r"2 of them could be its onnx model: evil\.ONNX, evil\.onnx"):
+        Model(old)
+    old = write_model(tmp_path / "o", kind="onnx", format="onnx", files={"b.bin": b"data", "b.onnx": adds(2)})
+    assert old.model is None
+    assert Model(old).outputs([[0]]) == [[2]]
+
+
 @pytest.mark.parametrize("data", [b"", b"not a model", b"\x08\x09\x12\x00"])
 def test_a_file_that_is_no_model_is_named(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(StartError) as raised:

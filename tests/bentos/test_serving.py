@@ -157,6 +157,17 @@ def test_a_manifest_cannot_point_outside_of_its_folder(tmp_path: Path, path: str
         ModelFolder.read(tmp_path)
 
 
+@pytest.mark.parametrize("model", ["../x", "y", "", 3])
+def test_a_manifest_names_one_of_its_files_as_the_model(tmp_path: Path, model: object) -> None:
+    write_model(tmp_path / "m", kind="k", format="f", files={"a": b"1", "x": b"2"}, model="x")
+    found = ModelFolder.read(tmp_path / "m")
+    assert (found.model, found.model_file(), found.path().read_bytes()) == ("x", "x", b"2")
+    body = json.loads((found.root / "manifest.json").read_bytes())
+    (found.root / "manifest.json").write_text(json.dumps({**body, "model": model}))
+    with pytest.raises(StartError, match="none of its files"):
+        ModelFolder.read(found.root)
+
+
 @given(st.integers(400, 599), st.binary(max_size=60) | json_values.map(lambda v: json.dumps(v).encode()))
 def test_any_error_answer_becomes_a_problem(status: int, body: bytes) -> None:
     document = json.loads(from_answer(status, body, "POST", "/predict").body())

@@ -395,8 +395,8 @@ def test_a_network_of_other_sides_and_name_is_served_as_it_is(tmp_path: Path) ->
     ("files", "said"),
     [
         ({"a.keras": _network}, "model.json"),
-        ({ABOUT: _about}, "one .keras file"),
-        ({"a.keras": _network, "b.keras": _network, ABOUT: _about}, "one .keras file"),
+        ({ABOUT: _about}, "cannot be loaded by Keras"),
+        ({"a.keras": _network, "b.keras": _network, ABOUT: _about}, "2 of them could be its violation model"),
         ({"a.keras": lambda: _network(units=2), ABOUT: _about}, "one probability"),
         ({"a.keras": lambda: _network(dtype="float32"), ABOUT: _about}, "uint8"),
         ({"a.keras": lambda: b"no network", ABOUT: _about}, "cannot be loaded"),
@@ -412,6 +412,15 @@ def test_files_that_are_no_detector_are_refused_with_a_reason(tmp_path: Path, fi
         Detector.load(folder)
     assert raised.value.code == "model_load_failed"
     assert raised.value.hint
+
+
+def test_the_network_that_the_manifest_names_is_read_as_keras_by_whatever_suffix(tmp_path: Path) -> None:
+    """By `.h5` Keras would take a reader that the upload was not checked for."""
+    files = {"mine.h5": _network(), "z.keras": b"no network", ABOUT: _about(threshold=0.25)}
+    named = write_model(tmp_path / "n", kind="violation", format="keras-v3", files=files, model="mine.h5")
+    detector = Detector.load(named)
+    request = detector.parse({"picture": BAD_LIST_START})
+    assert detector.probabilities(request.pixels).tolist() == [pytest.approx(0.5)]
 
 
 def test_a_decision_survives_its_file(tmp_path: Path) -> None:

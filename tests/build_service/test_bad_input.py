@@ -75,6 +75,7 @@ def hugging_face(weights: str, content: bytes) -> bytes:
 TENSOR = safetensors.numpy.save({"weight": np.ones(3, np.float32)})
 TEXT = b"any text, but no model\n" * 20
 PICKLE = pickle.dumps({"a": [1, 2, 3]})
+KERAS = zipped(("config.json", b"{}"), ("metadata.json", b'{"keras_version": "3.8.0"}'), ("model.weights.h5", b"HDF"))
 
 CONTENTS: dict[str, tuple[bytes, str, dict[str, Any], str]] = {
     "no known kind": (TEXT, "m.txt", {}, "unknown_format"),
@@ -97,6 +98,12 @@ CONTENTS: dict[str, tuple[bytes, str, dict[str, Any], str]] = {
     "hard link": (tar(("m.txt", "/etc/passwd"), sort=tarfile.LNKTYPE), "m.tar", {}, "archive_link"),
     "device": (tar(("m.txt", None), sort=tarfile.CHRTYPE), "m.tar", {}, "archive_device"),
     "duplicate": (tar(("m.txt", TEXT), ("m.txt", TEXT)), "m.tar", {}, "archive_duplicate"),
+    "file named like a model beside it": (
+        tar(("a.bin", KERAS), ("evil.keras", b"junk" + KERAS)),
+        "m.tar",
+        {},
+        "unrecognised_model",
+    ),
     "case collision": (tar(("m.txt", TEXT), ("M.TXT", TEXT)), "m.tar", {}, "archive_case_collision"),
     "bomb": (gzip.compress(tar(("m.txt", b"\0" * (96 << 20))), 9), "m.tar.gz", {}, "archive_bomb"),
     "cut archive": (gzip.compress(tar(("m.txt", TEXT * 5000)))[:200], "m.tar.gz", {}, "archive_truncated"),

@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from registry.digest import of_bytes as digest_of
+from registry.manifest import Manifest
 from tests.object_stores import Server, leftovers
 
 Home = Any  # tests/build_service/conftest.py, which tests cannot import
@@ -128,6 +130,9 @@ def test_an_archive_in_parts_is_unpacked(server: Home, model: Model) -> None:
     version = register(server, upload, deploy="false")
     assert (version["model"], [file["path"] for file in version["files"]]) == ("packed", ["churn.txt", "notes.bin"])
     assert stored(server, version, "notes.bin") == NOISE
+    manifests = [path.read_bytes() for path in (server.path / "objects" / "models").rglob("manifest.json")]
+    (manifest,) = [Manifest.parse(data) for data in manifests if digest_of(data) == version["digest"]]
+    assert manifest.model == "churn.txt"
     assert not list((server.path / "objects" / "models").rglob("packed.tar"))
     assert register(server, upload, 200)["version"] == 1
 

@@ -640,7 +640,7 @@ def saved_model(operators: list[str], name: bytes = b"serving_default", inside: 
 def test_a_savedmodel_says_its_signature():
     files = saved_model(["MatMul", "RestoreV2", "InitializeTableFromTextFileV2"])
     found = see(files)
-    assert (found.format, found.path) == ("tensorflow-savedmodel", "m")
+    assert (found.format, found.path) == ("tensorflow-savedmodel", "m/saved_model.pb")
     assert found.signature is not None
     assert found.signature.tensors == (Tensor("a", "float32", (None, 3)), Tensor("b", "string", (None,)))
     assert found.signature.outputs == (Tensor("y", "int64", (None, 2)),)

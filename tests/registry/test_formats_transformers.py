@@ -63,7 +63,7 @@ ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors
 
 def test_a_folder_with_onnx_and_one_with_safetensors_go_to_the_kind_transformers() -> None:
     onnx = see(example_files())
-    assert (onnx.format, onnx.path, onnx.signature) == ("transformers-onnx", "model.onnx", None)
+    assert (onnx.format, onnx.path, onnx.signature) == ("transformers-onnx", "config.json", None)
     assert choose_kind(onnx, KINDS) == "transformers"
     weights = see(folder())
     assert weights.format == "transformers-safetensors"
@@ -75,7 +75,8 @@ def test_a_folder_within_a_folder_and_onnx_within_onnx_are_found() -> None:
     files = example_files()
     moved = {f"shop/{name}": data for name, data in files.items() if name != "model.onnx"}
     found = see({**moved, "shop/onnx/model.onnx": files["model.onnx"], "shop/README.md": b"# shop"})
-    assert (found.format, found.path) == ("transformers-onnx", "shop/onnx/model.onnx")
+    assert (found.format, found.path) == ("transformers-onnx", "shop/config.json")
+    assert "shop/onnx/model.onnx" in found.parts
     both = see({**files, "model.safetensors": tensors("a")})
     assert both.format == "transformers-onnx"
     assert any("can be left out" in note for note in both.notes)

@@ -37,6 +37,18 @@ def test_bytes_are_those_of_the_design():
     assert manifest.size == 1733214
 
 
+def test_the_model_is_named_where_there_are_several_files_and_only_there():
+    manifest = Manifest("onnx", "onnx", FILES, model="a/b.json")
+    assert b'"kind":"onnx","model":"a/b.json","python":null' in manifest.to_bytes()
+    assert Manifest.parse(manifest.to_bytes()) == manifest
+    without = Manifest("onnx", "onnx", FILES)
+    assert b"model" not in without.to_bytes(), "versions from before keep their bytes and digests"
+    assert without.digest != manifest.digest
+    assert Manifest.parse(without.to_bytes()) == without
+    with pytest.raises(UserError, match="one file"):
+        Manifest("onnx", "onnx", FILES[:1], model="churn.txt")
+
+
 files = st.lists(
     st.builds(File, st.from_regex(r"[a-z]{1,5}\.x", fullmatch=True), st.integers(0, 1 << 40), st.just(SHA)),
     min_size=1,
@@ -81,6 +93,10 @@ def test_arbitrary_bytes_are_a_bad_manifest(data):
         {"requirements": {"path": "setup.py", "size": 1, "sha256": SHA}},
         {"python": "3.11; x"},
         {"name": "churn"},
+        {"model": "x"},
+        {"model": ""},
+        {"model": None},
+        {"model": ["churn.txt"]},
     ],
 )
 def test_a_manifest_with_anything_odd_is_refused(change):
