@@ -179,13 +179,14 @@ _JOBS: dict[str, Callable[[socket.socket, dict[str, Any], Any], bytes]] = {"reco
 
 def encoded(found: Recognised) -> bytes:
     """What was recognised, as JSON of at most LARGEST_ANSWER bytes. What is too much for that is left out, the least
-    important first: the example, then the columns' levels, then the columns."""
+    important first: the files that belong to the model, the example, then the columns' levels, then the columns."""
     body: dict[str, Any] = {
         **found.__dict__,
         "signature": None if found.signature is None else found.signature.to_json(),
+        "parts": sorted(found.parts),
         "example": found.example if _depth(found.example) <= _DEEPEST_EXAMPLE else None,
     }
-    for leave_out in (_nothing, _without_example, _without_levels, _without_columns):
+    for leave_out in (_nothing, _without_parts, _without_example, _without_levels, _without_columns):
         leave_out(body)
         with suppress(ValueError, RecursionError):
             data = json.dumps(body, allow_nan=False).encode()
@@ -201,6 +202,10 @@ def encoded(found: Recognised) -> bytes:
 
 
 def _nothing(body: dict[str, Any]) -> None: ...
+
+
+def _without_parts(body: dict[str, Any]) -> None:
+    body["parts"] = []  # the service asks for the model's path alone
 
 
 def _without_example(body: dict[str, Any]) -> None:

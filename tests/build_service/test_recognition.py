@@ -66,6 +66,10 @@ def test_what_a_child_finds_is_what_the_recognisers_find(forkserver: Forkserver,
         assert examined.recognise([("m.safetensors", len(data))], opened(data, tmp_path)) == expected
     with forkserver.begin() as examined:  # of a store without local files
         assert examined.recognise([("m.safetensors", len(data))], lambda _: io.BytesIO(data)) == expected
+    shards = [(f"{number}.safetensors", len(data)) for number in range(3)]
+    with forkserver.begin() as examined:
+        found = examined.recognise(shards, opened(data, tmp_path))
+    assert (found.path, found.parts) == ("0.safetensors", frozenset({"1.safetensors", "2.safetensors"}))
 
 
 def test_an_error_of_the_user_comes_through_whole(forkserver: Forkserver, tmp_path: Path) -> None:
