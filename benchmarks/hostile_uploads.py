@@ -163,7 +163,7 @@ def _attacked(bench: parts.Bench) -> tuple[list[Sample], dict[str, Any]]:
         answers: Counter[str] = Counter()
         asked = 0
         with parts.service(bench.folder("home")) as service:
-            _send_ordinary(service.port, "ordinary", _model(bench, 0))
+            _send_ordinary(service, "ordinary", _model(bench, 0))
             for number in range(bench.rounds(3)):
                 quiet = Asking(service.port)
                 quiet.ask(during)
@@ -216,10 +216,10 @@ def ordinary(bench: parts.Bench) -> Measured:
         parts.service(bench.folder("before"), module="benchmarks.in_process") as before,
     ):
         for service in (bounded, before):
-            _send_ordinary(service.port, "first", _model(bench, 1))  # what is imported at the first upload
+            _send_ordinary(service, "first", _model(bench, 1))  # what is imported at the first upload
         for number in range(4 if bench.quick else 60):
             for side, service in (("bounded", bounded), ("in process", before)):
-                seconds = _send_ordinary(service.port, f"m{number}", _model(bench, 2 + number))
+                seconds = _send_ordinary(service, f"m{number}", _model(bench, 2 + number))
                 samples.append(Sample(number, side, "upload", seconds, "s"))
     ours, other = middle(samples, "bounded", "upload"), middle(samples, "in process", "upload")
     return Measured(ours / other, {"bounded_ms": ours * 1e3, "in_process_ms": other * 1e3}, samples)
@@ -248,9 +248,9 @@ def _train() -> bytes:
     return text
 
 
-def _send_ordinary(port: int, name: str, model: bytes) -> float:
+def _send_ordinary(service: parts.Service, name: str, model: bytes) -> float:
     """Seconds until the upload was answered; it is not deployed, and its build is cancelled."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=120)
     began = time.perf_counter()
     connection.request("POST", f"/models?filename={name}.txt&name={name}&deploy=false", model,
                        {"Content-Type": "application/octet-stream"})  # fmt: skip
@@ -260,7 +260,7 @@ def _send_ordinary(port: int, name: str, model: bytes) -> float:
     connection.close()
     if response.status != 201:
         raise parts.Failed(f"an ordinary upload was answered {response.status}: {answer.get('detail')}")
-    parts.cancel_builds(f"http://127.0.0.1:{port}")
+    parts.cancel_builds(service)
     return seconds
 
 

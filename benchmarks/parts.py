@@ -204,6 +204,11 @@ class Service:
     pid: int
     home: Path
 
+    @property
+    def proof(self) -> dict[str, str]:
+        """The header that proves to be the service's own user, for what deletes or changes."""
+        return {"Authorization": f"Bearer {(self.home / 'token').read_text().strip()}"}
+
 
 @contextlib.contextmanager
 def service(home: Path, *, module: str = "build_service") -> Iterator[Service]:
@@ -229,15 +234,15 @@ def service(home: Path, *, module: str = "build_service") -> Iterator[Service]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def cancel_builds(url: str) -> None:
+def cancel_builds(service: Service) -> None:
     """What the upload starts is another figure's matter, and would take the processor from the copy."""
     for _ in range(200):
-        running = [one for one in get_json(f"{url}/builds")["items"] if one["state"] in ("queued", "running")]
+        running = [one for one in get_json(f"{service.url}/builds")["items"] if one["state"] in ("queued", "running")]
         if not running:
             return
         for one in running:
             with contextlib.suppress(urllib.error.HTTPError):
-                post(f"{url}/builds/{one['id']}/cancel")
+                post(f"{service.url}/builds/{one['id']}/cancel", **service.proof)
         time.sleep(0.1)
     raise Failed("builds of the uploads could not be cancelled")
 

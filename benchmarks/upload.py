@@ -46,7 +46,7 @@ def _settle(service: parts.Service, model: Path) -> None:
     body, kind = Version(1, model).form("small")
     body = body.replace(b'name="name"\r\n\r\nsmall', b'name="deploy"\r\n\r\nfalse', 1)
     parts.post(f"{service.url}/models?name=small", body, **{"Content-Type": kind})
-    parts.cancel_builds(service.url)
+    parts.cancel_builds(service)
     time.sleep(1)
 
 
@@ -62,9 +62,9 @@ def _round(service: parts.Service, number: int, graph: Path, weights: Path, fold
     answer = json.loads(told)
     if "version" not in answer:
         raise parts.Failed(f"the upload was refused: {answer.get('code')}: {answer.get('detail')}")
-    parts.cancel_builds(service.url)
+    parts.cancel_builds(service)
     with contextlib.suppress(urllib.error.HTTPError):
-        parts.post(f"{service.url}/models/big/versions/{answer['version']}", method="DELETE")
+        parts.post(f"{service.url}/models/big/versions/{answer['version']}", method="DELETE", **service.proof)
     os.sync()
     hashing, copying = hash_and_copy(weights, folder / "copy")
     (folder / "copy").unlink()

@@ -68,6 +68,7 @@ def _serve(settings: Settings) -> int:
     import uvicorn  # the commands beside the service start without it
 
     from build_service.app import create_app
+    from build_service.http_protocol import Protocol
 
     try:
         listening = _listen(settings.host, settings.port)
@@ -87,6 +88,7 @@ def _serve(settings: Settings) -> int:
         return 1
     config = uvicorn.Config(
         application,
+        http=Protocol,
         log_config=None,
         access_log=False,
         server_header=False,

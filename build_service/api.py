@@ -8,13 +8,27 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from contextlib import asynccontextmanager, closing
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Query, Request, Response
+from fastapi.security import HTTPBearer
 from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, StreamingResponse
 
-from build_service import identity, imports, intake, metrics, recognition, shapes, state, tokens, uploads, views
+from build_service import (
+    guard,
+    identity,
+    imports,
+    intake,
+    local_token,
+    metrics,
+    recognition,
+    shapes,
+    state,
+    tokens,
+    uploads,
+    views,
+)  # fmt: skip
 from build_service.platform import Platform
 from build_service.reconciler import Reconciler
 from build_service.settings import Settings
@@ -31,6 +45,8 @@ _WAIT_POLL = 0.05  # seconds between two looks while one request waits
 _LONGEST_WAIT_POLL = 1.0  # however many wait
 _LOG_POLL = 0.2
 _LONGEST_WAIT = 3600.0
+_NEEDS_CODE = frozenset(("run_code_not_allowed",))  # codes of uploads that are refused where code may not run
+_TOKEN = "A token of this service. On loopback reading, uploads of data and inference need none."
 _UPLOADING = 4  # uploads that are hashed, stored or registered at the same moment
 
 
@@ -188,7 +204,17 @@ class Service:
         self.changed()
         return view, new
 
-    def register_parts(self, taken: intake.Intake, upload: str) -> tuple[shapes.VersionView, bool]:
+    def finish(self, taken: intake.Intake, authorized: bool) -> intake.Upload:
+        """The upload, whole. On loopback a caller without a token may send data, and nothing that runs as code."""
+        try:
+            return taken.finish(self.live_signature, self.settings.allow_code and authorized)
+        except UserError as error:
+            if error.code not in _NEEDS_CODE or not self.settings.allow_code:
+                raise
+            file = self.settings.root / local_token.FILE
+            raise guard.needs_token("This upload brings code that runs on this machine", file) from error
+
+    def register_parts(self, taken: intake.Intake, upload: str, authorized: bool) -> tuple[shapes.VersionView, bool]:
         """As `register`, for the file of an upload in parts. May be repeated until it was answered."""
         with self.uploads.claimed(upload):
             earlier = self.uploads.registered(upload)
@@ -203,7 +229,7 @@ class Service:
                 return self.version_view(earlier.name, earlier.number), False
             try:
                 taken.adopt(self.uploads.complete(upload))
-                complete = taken.finish(self.live_signature, self.settings.allow_code)
+                complete = self.finish(taken, authorized)
                 view, new = self.register(complete, taken.keep)
             except BaseException:
                 taken.discard()  # while nobody else has the upload
@@ -242,7 +268,8 @@ class Service:
 
 def router(service: Service) -> APIRouter:
     """All endpoints. They are `def` where they only ask the database: FastAPI runs those in threads."""
-    api = APIRouter(responses=_ERRORS)
+    # The guard checks the token. This says in the document, and so in /docs, that one can be given.
+    api = APIRouter(responses=_ERRORS, dependencies=[Depends(HTTPBearer(auto_error=False, description=_TOKEN))])
     database = service.database
 
     api.include_router(uploads.router(service.uploads, service.uploading, service.settings.upload_idle_seconds))
@@ -296,6 +323,7 @@ def router(service: Service) -> APIRouter:
         """Upload a model: multipart form, or a raw body with ?name=&filename=; or name one of MLflow's in place of a
         file. Answers before it is built, unless ?wait= is given."""
         taken, uploading = service.new_intake(), service.uploading
+        authorized = bool(request.scope.get(guard.AUTHORIZED))
         declared = request.headers.get("content-length", "")
         try:
             await intake.receive(
@@ -309,13 +337,12 @@ def router(service: Service) -> APIRouter:
                 uploading,
             )
             if (in_parts := taken.upload_id()) is not None:
-                view, new = await uploading.run(service.register_parts, taken, in_parts)
+                view, new = await uploading.run(service.register_parts, taken, in_parts, authorized)
             else:
                 async with service.fetched(taken, request):
                     complete = await _while_waited_for(
-                        request, uploading.run(taken.finish, service.live_signature, service.settings.allow_code),
-                        taken.cancel,
-                    )  # fmt: skip
+                        request, uploading.run(service.finish, taken, authorized), taken.cancel
+                    )
                 view, new = await uploading.run(service.register, complete, taken.keep)
         except BaseException as error:
             # A cancelled request or a client that went away too: nothing of it stays.

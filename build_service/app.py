@@ -6,9 +6,10 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,20 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import select
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from build_service import VERSION, api, cleanup, guard, migrate, problems, processes, state, storage, tokens, views
+from build_service import (
+    VERSION,
+    api,
+    cleanup,
+    guard,
+    local_token,
+    migrate,
+    problems,
+    processes,
+    state,
+    storage,
+    tokens,
+    views,
+)  # fmt: skip
 from build_service.headers import Rules
 from build_service.local import LocalPlatform
 from build_service.platform import InUse, Platform
@@ -39,6 +53,7 @@ from registry.store import ObjectStore
 
 log = structlog.get_logger(__name__)
 
+_LOCK_TRIES, _LOCK_PAUSE = 5, 0.1  # seconds between two tries
 _LOOP_PATIENCE = 5.0  # seconds that the control loop waits for a store that is away
 STATE_FORMAT = 1  # of the state folder; a service refuses a folder of a newer one
 
@@ -63,6 +78,8 @@ def create_app(
     root = settings.root
     lock = _claim(root)
     (root / "url").unlink(missing_ok=True)
+    local_token.withdraw(root)
+    own_token = local_token.ensure(root) if settings.needs_own_token else None
     database = Database(settings.database_url)
     try:
         migrate.migrate(database)
@@ -86,7 +103,7 @@ def create_app(
     in_use = platform.in_use if isinstance(platform, LocalPlatform) else InUse
     sweeper = cleanup.Sweeper(settings, database, store, in_use)
     default = Remembered(lambda: _default(database))
-    valid = _valid_tokens(settings, database)
+    valid = Remembered(lambda: _digests(settings, database, own_token))
     inference = Router(
         routes,
         default=default,
@@ -99,8 +116,7 @@ def create_app(
 
     def forget() -> None:
         default.forget()
-        if valid is not None:
-            valid.forget()
+        valid.forget()
 
     forkserver = Forkserver(Bounds(settings.recognition_memory, settings.recognition_seconds))
     service = api.Service(
@@ -117,6 +133,8 @@ def create_app(
             projection.start()
         # Where a client on this machine finds the service, whatever port it took.
         address = root / "url"
+        if own_token is not None:
+            local_token.announce(root, settings.host, port)
         # In one step: whoever finds the file finds the whole address in it.
         fresh = root / "url.new"
         fresh.write_text(links.base + "\n")
@@ -126,6 +144,7 @@ def create_app(
             yield
         finally:
             address.unlink(missing_ok=True)
+            local_token.withdraw(root)
             reconciler.close()
             sweeper.close()
             if projection is not None:
@@ -165,6 +184,7 @@ def create_app(
         cors=frozenset(settings.cors_origins),
         tokens=valid,
         inference_open=settings.platform == "kubernetes" and settings.inference_open,
+        token_file=None if own_token is None else root / local_token.FILE,
     )
     return Application(guard.Guard(dispatch, policy), app)
 
@@ -220,15 +240,13 @@ def _claim(root: Path) -> int:
     """This service's hold on the state folder: one service a folder, and none of an older Ekiben on a newer one."""
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not _locked(lock):
         os.close(lock)
         raise EkibenError(
             "home_in_use",
             f"Another Ekiben service works with the state folder {root}.",
             hint="Stop it (ekiben down), or give this one a folder of its own: EKIBEN_HOME=…",
-        ) from None
+        )
     marker = root / "format"
     if marker.exists():
         text = marker.read_text().strip()
@@ -242,6 +260,16 @@ def _claim(root: Path) -> int:
     else:
         marker.write_text(f"{STATE_FORMAT}\n")
     return lock
+
+
+def _locked(lock: int) -> bool:
+    """Take the lock. Clients hold it for an instant to see whether a service runs, so it is tried more than once."""
+    for _ in range(_LOCK_TRIES):
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(_LOCK_PAUSE)
+    return False
 
 
 def _recover(settings: Settings, database: Database, store: ObjectStore, owner: str) -> None:
@@ -292,14 +320,8 @@ def _pending(database: Database, name: str) -> EkibenError:
     )
 
 
-def _valid_tokens(settings: Settings, database: Database) -> Remembered[frozenset[str]] | None:
-    """Digests of the tokens that open the API; None where nobody but this machine's users can reach it."""
-    if settings.loopback and settings.token is None:
-        return None
-    return Remembered(lambda: _digests(settings, database))
-
-
-def _digests(settings: Settings, database: Database) -> frozenset[str]:
-    first = frozenset(() if settings.token is None else (tokens.digest(settings.token),))
+def _digests(settings: Settings, database: Database, own: str | None = None) -> frozenset[str]:
+    """Digests of the tokens that open the API: the operator's first one or this machine's own, and those made since."""
+    given = frozenset(tokens.digest(token) for token in (settings.token, own) if token is not None)
     with database.read() as connection:
-        return first | tokens.valid_digests(connection)
+        return given | tokens.valid_digests(connection)

@@ -1,7 +1,8 @@
 """Who may come in: browser safety and tokens, before anything else sees a request.
 
 A web page can post a form to localhost and a DNS name can be rebound to it, so even on loopback the Host must be one of
-ours and writes with a foreign Origin are refused. Elsewhere every request needs a token.
+ours and writes with a foreign Origin are refused. On loopback reading, uploads of data and inference need no token;
+everything else does, and elsewhere every request does.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+import shlex
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import structlog
 from sqlalchemy.exc import OperationalError
 
+from build_service.authority import Authority, check_framing, check_target, host_of, same_origin
+from build_service.http_protocol import TARGET
 from build_service.problems import of_database, problem_response
 from build_service.remembered import Remembered
 from registry.errors import EkibenError, UserError
@@ -27,8 +31,12 @@ ASGI = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
 
 log = structlog.get_logger(__name__)
 
-_LOOPBACK_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]", "::1"))
+AUTHORIZED = "ekiben.authorized"
+"""Key of the scope: whether the request carries a valid token."""
+
+_LOOPBACK_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))
 _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
+_OTHER_SITES = frozenset((b"cross-site", b"same-site"))
 _OPEN_PATHS = frozenset(("/livez", "/readyz"))  # probes carry no token
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _LONGEST_HEADERS = 32 * 1024
@@ -41,8 +49,9 @@ class Policy:
 
     hosts: frozenset[str]
     cors: frozenset[str]
-    tokens: Remembered[frozenset[str]] | None  # SHA-256 of valid tokens; None: no token is needed
+    tokens: Remembered[frozenset[str]]  # SHA-256 of valid tokens
     inference_open: bool = False  # /inference needs none in any case
+    token_file: Path | None = None  # on loopback: where its user finds a token; reading, data and inference need none
 
 
 class Guard:
@@ -56,7 +65,9 @@ class Guard:
         if scope["type"] != "http":  # no websockets yet
             await send({"type": "websocket.close", "code": 1003})
             return
-        headers = {key.lower(): value for key, value in scope["headers"]}
+        # A copy: what is checked here is what everybody behind sees.
+        scope["headers"] = [(key.lower(), value) for key, value in scope["headers"]]
+        headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         structlog.contextvars.clear_contextvars()
@@ -104,43 +115,62 @@ class Guard:
             raise UserError("headers_too_large", "The request's headers are too large.", status=431)
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > _LONGEST_PATH:
             raise UserError("path_too_long", "The request's path is too long.", status=414)
-        host = _host_name(headers.get(b"host", b"").decode("latin-1"))
-        # Probes come to the address of a pod; they read nothing.
-        named = host in _LOOPBACK_HOSTS or host in self._policy.hosts or scope["path"] in _OPEN_PATHS
-        if not named:
-            raise UserError(
-                "foreign_host",
-                f"The Host {host[:100]!r} is not one of this service.",
-                hint="Call it by localhost, or name the host in EKIBEN_ALLOWED_HOSTS.",
-                status=421,
-            )
-        foreign = bool(origin) and not self._same_origin(origin, headers)
+        check_framing(scope["headers"], scope.get("http_version", "1.1"))
+        host = host_of(scope["headers"])
+        check_target(scope.get(TARGET, b"/"), host)
+        self._check_host(host, scope["path"])
+        # Browsers name the page's origin; where they do not, they say at least that it is another one.
+        foreign = not same_origin(origin, host) if origin else headers.get(b"sec-fetch-site") in _OTHER_SITES
         allowed = inference and origin in self._policy.cors
         if foreign and not allowed and scope["method"] not in _SAFE_METHODS:
             raise UserError(
                 "foreign_origin",
-                f"A page of {origin[:100]!r} may not write to this service.",
+                f"A page of {(origin or 'another site')[:100]!r} may not write to this service.",
                 hint="Inference from web pages: name the origin in EKIBEN_CORS_ORIGINS.",
                 status=403,
             )
         # A browser asks beforehand, and without a token, whether a page may call at all.
         preflight = allowed and scope["method"] == "OPTIONS"
         opened = preflight or scope["path"] in _OPEN_PATHS or (inference and self._policy.inference_open)
-        if self._policy.tokens is not None and not opened:
-            scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-            digest = hashlib.sha256(token.strip().encode()).hexdigest()
-            known = [hmac.compare_digest(digest, valid) for valid in await self._policy.tokens.get()]
-            if scheme.lower() != "bearer" or not any(known):
-                raise UserError(
-                    "unauthorized",
-                    "This service needs a valid token.",
-                    hint="Send Authorization: Bearer TOKEN, or: ekiben login URL",
-                    status=401,
-                )
+        if opened or (inference and self._policy.token_file is not None):
+            return
+        scope[AUTHORIZED] = await self._authorized(headers.get(b"authorization"))
+        if scope[AUTHORIZED]:
+            return
+        if self._policy.token_file is None:
+            raise UserError(
+                "unauthorized",
+                "This service needs a valid token.",
+                hint="Send Authorization: Bearer TOKEN, or: ekiben login URL",
+                status=401,
+            )
+        if not _is_of_data(scope["method"], scope["path"]):
+            what = f"{scope['method'][:20]} {scope['path'][:100]} changes or deletes what others rely on"
+            raise needs_token(what, self._policy.token_file)
 
-    def _same_origin(self, origin: str, headers: dict[bytes, bytes]) -> bool:
-        parts = urlsplit(origin)
-        return parts.scheme in ("http", "https") and parts.netloc == headers.get(b"host", b"").decode("latin-1")
+    def _check_host(self, host: Authority | None, path: str) -> None:
+        # Probes come to the address of a pod, or name none; they read nothing.
+        if path in _OPEN_PATHS or (host is not None and host.name in self._policy.hosts | _LOOPBACK_HOSTS):
+            return
+        if host is None:
+            raise UserError(
+                "bad_host", "The request names no Host.", field="Host",
+                hint="Send one Host, such as localhost:8000.", status=400,
+            )  # fmt: skip
+        raise UserError(
+            "foreign_host",
+            f"The Host {host.name[:100]!r} is not one of this service.",
+            hint="Call it by localhost, or name the host in EKIBEN_ALLOWED_HOSTS.",
+            status=421,
+        )
+
+    async def _authorized(self, authorization: bytes | None) -> bool:
+        scheme, _, token = (authorization or b"").decode("latin-1").partition(" ")
+        if scheme.lower() != "bearer":
+            return False
+        digest = hashlib.sha256(token.strip().encode()).hexdigest()
+        # Every digest is compared, so that the time says nothing about them.
+        return any([hmac.compare_digest(digest, valid) for valid in await self._policy.tokens.get()])  # noqa: C419
 
     def _cors_headers(self, origin: str) -> list[tuple[bytes, bytes]]:
         if not origin or origin not in self._policy.cors:
@@ -154,8 +184,18 @@ class Guard:
         ]
 
 
-def _host_name(host: str) -> str:
-    """The name of a Host header without its port."""
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0].lower()
+def needs_token(what: str, file: Path) -> UserError:
+    """Return the error of a request without the token of this machine; `what` says why it needs one."""
+    return UserError(
+        "unauthorized",
+        f"{what}, so it needs this service's token, on this machine too.",
+        hint="`ekiben` reads the token by itself, as the user who started the service. With curl: "
+        f'-H "Authorization: Bearer $(cat {shlex.quote(str(file))})"',
+        status=401,
+    )
+
+
+def _is_of_data(method: str, path: str) -> bool:
+    """Whether a request reads, or sends data of a model. What an upload to /models holds is looked at there."""
+    sends = path == "/models" and method == "POST"
+    return method in _SAFE_METHODS or sends or path == "/uploads" or path.startswith("/uploads/")

@@ -21,6 +21,8 @@ _HOP_BY_HOP = frozenset(
 # Proxies say by these who called them. Of a stranger they are only a claim.
 _OF_PROXIES = frozenset((b"forwarded", b"x-real-ip", b"x-client-ip", b"x-cluster-client-ip", b"true-client-ip"))
 _OF_PROXIES_PREFIXES = (b"x-forwarded-", b"x-original-")
+# Which pages may read an answer is the operator's to say (EKIBEN_CORS_ORIGINS), since they share the API's origin.
+_OF_ORIGINS = b"access-control-"
 # Set by this service itself.
 _REPLACED = frozenset((b"date", b"server", b"x-request-id"))
 # A Connection header cannot take these away: a caller would undo what a proxy or this service says of it.
@@ -85,8 +87,12 @@ class Rules:
 
 def to_caller(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return the headers of a model's answer that its caller gets, in lower case."""
-    hop = _hop_by_hop(headers)
-    return [(key.lower(), value) for key, value in headers if plain(key) not in hop and plain(key) not in _REPLACED]
+    withheld = _hop_by_hop(headers) | _REPLACED
+    return [
+        (key.lower(), value)
+        for key, value in headers
+        if (name := plain(key)) not in withheld and not name.startswith(_OF_ORIGINS)
+    ]
 
 
 def plain(name: bytes) -> bytes:

@@ -296,6 +296,11 @@ class Settings(ClusterSettings):
             return self.host == "localhost"
 
     @property
+    def needs_own_token(self) -> bool:
+        """Whether the service makes a token of its own, as anybody on the machine may call it."""
+        return self.loopback and self.token is None
+
+    @property
     def trusted_networks(self) -> tuple[Network, ...]:
         named = self.trusted_proxies
         if named is None:

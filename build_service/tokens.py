@@ -13,9 +13,14 @@ from build_service.state import tokens
 from registry.database import now
 
 
+def new_token() -> str:
+    """A token of 256 random bits."""
+    return f"ekb_{secrets.token_urlsafe(32)}"
+
+
 def make(connection: Connection, name: str) -> tuple[Row[Any], str]:
-    """A new token of 256 random bits; its row, and the token itself, which nobody can find out again."""
-    token = f"ekb_{secrets.token_urlsafe(32)}"
+    """A new token; its row, and the token itself, which nobody can find out again."""
+    token = new_token()
     values = {"id": str(ULID()), "name": name, "sha256": digest(token)}
     return connection.execute(insert(tokens).values(**values).returning(tokens)).one(), token
 

@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / ".ekiben" / "demo"
+_TOKEN = STATE / "home" / "token"
 _BUILD_SECONDS = 300
 
 
@@ -80,7 +81,7 @@ def _demo(url: str, first: Path, second: Path) -> None:
     caller.until("2")
 
     _say("Roll back: a new revision that points at the old build; nothing is rebuilt.")
-    _curl("-X", "POST", f"{url}/deployments/ranker/rollback")
+    _curl("-X", "POST", f"{url}/deployments/ranker/rollback", own=True)
     caller.until("1")
     caller.stop()
     revisions = _curl(f"{url}/deployments/ranker/revisions")["items"]
@@ -199,10 +200,13 @@ def _follow(url: str, number: int) -> dict[str, Any]:
     raise Failed(f"version {number} was not live in time")
 
 
-def _curl(*arguments: str, quiet: bool = False) -> dict[str, Any]:
+def _curl(*arguments: str, quiet: bool = False, own: bool = False) -> dict[str, Any]:
+    """`own`: with the token of the state folder, which is needed to change what is served."""
     command = ["curl", "--silent", "--show-error", "--noproxy", "*", *arguments]
+    if own:
+        command += ["-H", f"Authorization: Bearer {_TOKEN.read_text().strip()}"]
     if not quiet:
-        _print_command(["curl", *arguments])
+        _print_command(["curl", *arguments], f' -H "Authorization: Bearer $(cat {_TOKEN})"' if own else "")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise Failed(f"curl: {done.stderr.strip()}")
@@ -212,8 +216,8 @@ def _curl(*arguments: str, quiet: bool = False) -> dict[str, Any]:
     return answer
 
 
-def _print_command(command: list[str]) -> None:
-    text = shlex.join(command).replace(str(ROOT) + "/", "")
+def _print_command(command: list[str], more: str = "") -> None:
+    text = (shlex.join(command) + more).replace(str(ROOT) + "/", "")
     print(f"  $ {text}")
 
 

@@ -24,6 +24,7 @@ _PROBES = frozenset({"/livez", "/readyz"})
 _OPEN_INSIDE = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/metadata"})
 _CREDENTIALS = frozenset({b"authorization", b"proxy-authorization", b"cookie"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_TWO_HOSTS = Problem("malformed_request", "The request has two headers 'host'.", hint="Send one.", status=400)
 _logger = logging.getLogger("ekiben.request")
 
 
@@ -54,6 +55,7 @@ class Wrapper:
         authorization = b""
         request_id = b""
         forwarded_for = b""
+        hosts = 0
         # A new list: uvicorn appends the trailers of a body in chunks to the one that it made.
         headers: list[tuple[bytes, bytes]] = []
         for key, value in scope["headers"]:
@@ -65,6 +67,8 @@ class Wrapper:
                 request_id = value
             elif key == b"x-forwarded-for":
                 forwarded_for = value
+            elif key == b"host":
+                hosts += 1
             # To frameworks that know no difference between _ and - it is the same name.
             if key.replace(b"_", b"-") not in self._withheld:
                 headers.append((key, value))
@@ -86,7 +90,7 @@ class Wrapper:
                 scope["path"] = path
                 scope["raw_path"] = path.encode("utf-8", "surrogateescape")
                 break
-        refusal = self._refusal(path, inside, length, authorization)
+        refusal = self._refusal(path, inside, length, authorization) if hosts < 2 else (_TWO_HOSTS, [])
         if refusal is not None:
             problem, headers = refusal
             await send_problem(exchange.send, problem, headers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from bentos.serving.model import ModelFolder, write_model
+from bentos.training import own_token
 from bentos.training.gate import Decision, Gate
 from bentos.training.outcome import Outcome
 
@@ -33,7 +35,10 @@ class RegistrationError(Exception):
 
 @dataclass(frozen=True)
 class Service:
-    """A running Ekiben as training programs use it. `wait`: seconds that a build or a rollout may take."""
+    """A running Ekiben as training programs use it. `wait`: seconds that a build or a rollout may take.
+
+    Without a token, that of the service on this machine is used if the URL leads there.
+    """
 
     url: str
     token: str | None
@@ -120,10 +125,13 @@ class Service:
 
         # A proxy that the machine is told to use for the world cannot reach a service on this machine.
         local = httpx.URL(self.url).host in ("localhost", "127.0.0.1", "::1")
-        headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
+        home = Path(os.environ.get("EKIBEN_HOME") or "~/.ekiben").expanduser()
+        own = own_token.of_service(self.url, home) if not self.token else None
+        address, token = own or (self.url.rstrip("/"), self.token)
+        headers = {"authorization": f"Bearer {token}"} if token else {}
         try:
             with httpx.Client(
-                base_url=self.url.rstrip("/"),
+                base_url=address,
                 headers=headers,
                 timeout=httpx.Timeout(30, read=self.wait + 30),
                 trust_env=not local,

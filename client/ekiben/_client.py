@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
-from ekiben import _config, _parts, _upload
+from ekiben import _config, _local, _parts, _upload
 from ekiben._errors import (
     EkibenError,
     NotFound,
@@ -399,11 +399,12 @@ class Client:
         import httpx
 
         timeout = httpx.Timeout(read, connect=_CONNECT_SECONDS, write=_ANSWER_SECONDS)
+        address, proof = self._address()
         with self._reaching(what):
             answer = self._http().request(
                 method,
-                self.url + path,
-                headers=dict(headers or {}),
+                address + path,
+                headers={**(headers or {}), **proof},
                 content=content,
                 params=dict(params) if params else None,
                 timeout=timeout,
@@ -418,11 +419,24 @@ class Client:
         # A log may be silent for hours: no bound on reading while it is followed.
         timeout = httpx.Timeout(None if follow else _ANSWER_SECONDS, connect=_CONNECT_SECONDS)
         params = {"follow": "true"} if follow else {}
+        address, proof = self._address()
         with self._reaching(path):
-            with self._http().stream("GET", self.url + path, params=params, timeout=timeout) as answer:
+            with self._http().stream("GET", address + path, params=params, headers=proof, timeout=timeout) as answer:
                 if answer.status_code >= 300:
                     raise from_answer(answer.status_code, answer.read()[:_LONGEST_ERROR], f"GET {path}")
                 yield from answer.iter_lines()
+
+    def _address(self) -> tuple[str, dict[str, str]]:
+        """Where to send a request, and the header with the token of this machine's service if it goes there.
+
+        Looked up for each request: the service may have started since the last one, or have ended.
+        """
+        connection = self._connection
+        if connection.token is None and connection.loopback:
+            own = _local.service(connection.url, _config.home())
+            if own is not None:
+                return own.address, {"Authorization": f"Bearer {own.token}"}
+        return connection.url, {}
 
     def _http(self) -> httpx.Client:
         if self._open_http is None:

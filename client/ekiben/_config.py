@@ -1,7 +1,8 @@
 """Which server, with which token and which certificate authority.
 
 An explicit value wins over the environment, which wins over `ekiben login`, which wins over the server that `ekiben up`
-started on this machine. A stored token belongs to one address and is sent to no other.
+started on this machine. A stored token belongs to one address and is sent to no other. Without any, the client sends
+the token that the service of this machine made (`_local.py`).
 """
 
 from __future__ import annotations

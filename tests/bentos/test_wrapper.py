@@ -432,6 +432,11 @@ def test_credentials_of_a_caller_do_not_reach_the_model(starting: Any, project: 
         assert "secret-of-the-caller" not in served.log.read_text()
 
 
+def test_a_request_with_two_hosts_is_refused(starting: Any, project: Path) -> None:
+    served = starting({"EKIBEN_BENTO": str(project)}).ready()
+    _problem(served.client.get("/health", headers=[("Host", "a"), ("Host", "b")]), 400, "malformed_request")
+
+
 def test_chosen_credentials_are_passed_on(starting: Any, project: Path) -> None:
     served = starting({"EKIBEN_BENTO": str(project), "EKIBEN_PASS_HEADERS": "Authorization, cookie"}).ready()
     heard = served.client.post("/heard", json={}, headers=SECRETS).json()["headers"]

@@ -67,7 +67,11 @@ class Home:
 
     # --- the API ----------------------------------------------------------------------------------------------------
 
-    def http(self, **options: Any) -> httpx.Client:
+    def http(self, *, known: bool = True, **options: Any) -> httpx.Client:
+        """A client of the service as its own user, who has the token of the state folder; or unknown to it."""
+        own = self.path / "token"
+        if known and own.exists():
+            options["headers"] = {"authorization": f"Bearer {own.read_text().strip()}", **options.get("headers", {})}
         return httpx.Client(**{"base_url": self.url, "trust_env": False, "timeout": DEADLINE, **options})
 
     def get(self, path: str, status: int = 200, **options: Any) -> Any:

@@ -83,6 +83,10 @@ def test_a_second_spelling_of_a_name_does_not_pass_beside_the_first() -> None:
     ]  # fmt: skip
 
 
+def test_a_model_does_not_decide_which_pages_read_its_answers() -> None:
+    assert to_caller([(b"Access-Control-Allow-Origin", b"*"), (b"Vary", b"Origin")]) == [(b"vary", b"Origin")]
+
+
 def test_an_answer_loses_what_is_of_one_hop() -> None:
     given = [
         (b"Connection", b"x-foo, Content-Type"), (b"X-Foo", b"1"), (b"Content-Type", b"text/plain"), (b"Server", b"s"),

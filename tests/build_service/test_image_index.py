@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,11 @@ def test_new_pictures_go_live_behind_the_gate_and_nothing_new_is_no_release(
         options = ["--live", server.url, "--register", server.url, "--gate", "--no-mlflow", "--quiet", "--new-only"]
         command = [sys.executable, "-m", "bentos.image_search.index", *options, "--out", str(tmp_path / "model")]
         done = subprocess.run(
-            [*command, "--add", str(tmp_path / "pictures")], capture_output=True, text=True, timeout=PATIENCE
+            [*command, "--add", str(tmp_path / "pictures")],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            env={**os.environ, "EKIBEN_HOME": str(server.path)},
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

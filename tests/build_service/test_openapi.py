@@ -32,6 +32,7 @@ def test_schemathesis_finds_no_server_error_and_no_answer_that_is_not_described(
             str(Path(sys.executable).with_name("schemathesis")), "run", f"{home.url}/openapi.json",
             "--checks", ",".join(CHECKS),
             "--phases", "examples,coverage,fuzzing", "--max-examples", "12", "--seed", "1",
+            "--header", f"Authorization: Bearer {(home.path / 'token').read_text().strip()}",
             "--request-timeout", "60",  # among others it asks for 64 replicas
             # a log that is followed never ends, which test_rollouts looks at
             "--exclude-path-regex", "/logs$",
@@ -65,10 +66,11 @@ def test_a_typed_client_made_from_the_document_works(
     assert done.returncode == 0, done.stdout + done.stderr
     monkeypatch.syspath_prepend(str(tmp_path))
     made = importlib.import_module("made")
+    token = (home.path / "token").read_text().strip()
 
     def call(group: str, operation: str, *arguments: Any, **options: Any) -> Any:
         module = importlib.import_module(f"made.api.{group}.{operation}")
-        with made.Client(base_url=home.url, httpx_args={"trust_env": False}) as client:
+        with made.AuthenticatedClient(base_url=home.url, token=token, httpx_args={"trust_env": False}) as client:
             return module.sync(*arguments, client=client, **options)
 
     listed = call("models", "list_models")
