@@ -7,9 +7,8 @@ of labels, which function makes scores of logits, pooling, normalisation, the pr
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bentos.serving import encoders
+from bentos.serving import encoders, hugging_face
+from bentos.serving.hugging_face import Sentences, failed, limit, read_object
 from bentos.serving.model import ModelFolder
 from bentos.serving.problems import Problem, StartError
 
@@ -38,8 +38,6 @@ MAX_TOTAL = 1_000_000
 _MAX_TOKENS = 4096
 """In one run of the network: the memory of attention grows with it."""
 _LONGEST = 512  # where no file says how long an input may be
-_NO_LIMIT = 100_000  # transformers writes 1e30 for "no limit"
-_LARGEST_JSON = 64 << 20
 
 
 def checked(value: Any, place: str) -> str:
@@ -88,24 +86,21 @@ class Pretrained:
     network: str | None
     """The .onnx file; None where there are weights only."""
     weights: tuple[str, ...]
-    pooling: str
-    normalised: bool
-    prompt: str
+    sentences: Sentences
     longest: int
 
     @classmethod
     def read(cls, folder: ModelFolder) -> Pretrained:
         """Raises StartError `model_load_failed` where a part is missing or of a kind that is not known here."""
         root = _described(folder).removesuffix("config.json")
-        config, told = _json(folder, f"{root}config.json"), _json(folder, f"{root}tokenizer_config.json")
+        config = read_object(folder, f"{root}config.json")
+        told = read_object(folder, f"{root}tokenizer_config.json")
         if f"{root}tokenizer.json" not in folder.files:
-            raise _failed("there is no tokenizer.json beside config.json", "save it with tokenizer.save_pretrained")
+            raise failed("there is no tokenizer.json beside config.json", "save it with tokenizer.save_pretrained")
         networks = [path for path in folder.files if path.lower().endswith(".onnx")]
         if len(networks) > 1:
-            raise _failed(f"there are {len(networks)} .onnx files", "upload one of them")
-        pooling, normalised, longest = _modules(folder, root)
-        prompts = _json(folder, f"{root}config_sentence_transformers.json")
-        named = prompts.get("default_prompt_name")
+            raise failed(f"there are {len(networks)} .onnx files", "upload one of them")
+        sentences = Sentences.read(folder, root)
         return cls(
             folder=folder,
             root=root,
@@ -113,27 +108,14 @@ class Pretrained:
             tokenizer_config=told,
             network=networks[0] if networks else None,
             weights=tuple(path for path in folder.files if path.endswith(".safetensors")),
-            pooling=pooling or "mean",
-            normalised=normalised,
-            prompt=str((prompts.get("prompts") or {}).get(named, "")) if named else "",
-            longest=min(_positions(config), _limit(told.get("model_max_length")), longest),
+            sentences=sentences,
+            longest=min(_positions(config), limit(told.get("model_max_length")), sentences.longest),
         )
 
     @property
     def architecture(self) -> str:
         named = self.config.get("architectures")
         return str(named[0]) if isinstance(named, list) and named else ""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the classes in their order, as far as config.json says."""
-        named = self.config.get("id2label")
-        if not isinstance(named, dict):
-            return ()
-        try:
-            return tuple(str(named[key]) for key in sorted(named, key=int))
-        except ValueError as error:
-            raise _failed(f"id2label of config.json is not by number: {error}", "correct its id2label") from error
 
 
 class Tokenizer:
@@ -145,17 +127,18 @@ class Tokenizer:
         told = pretrained.tokenizer_config
         path = pretrained.folder.path(f"{pretrained.root}tokenizer.json")
         try:
-            self._library = Library.from_str(_normaliser(path.read_text("utf-8"), told))
+            text = hugging_face.tokenizer_json(path.read_text("utf-8"), told, pretrained.sentences.lowercase)
+            self._library = Library.from_str(text)
         except Exception as error:  # the library has no errors of its own
-            raise _failed(
-                f"tokenizer.json cannot be read: {error}", "save it with tokenizer.save_pretrained"
-            ) from error
+            raise failed(f"tokenizer.json cannot be read: {error}", "save it with tokenizer.save_pretrained") from error
         side = told.get("truncation_side", "right")
         self._library.enable_truncation(pretrained.longest, direction="left" if side == "left" else "right")
         self._library.no_padding()
+        self._library.encode_special_tokens = bool(told.get("split_special_tokens"))
         self._left = told.get("padding_side") == "left"
         self._padding = self._padding_number(pretrained)
         self.longest = pretrained.longest
+        self._check_ends(told)
 
     def __call__(self, texts: Sequence[Text]) -> list[Any]:
         """An encoding for each text, cut at the longest input (then its `overflowing` is not empty)."""
@@ -172,11 +155,31 @@ class Tokenizer:
             ids[i, place], mask[i, place], segments[i, place] = encoding.ids, 1, encoding.type_ids
         return ids, mask, segments
 
+    def prompt_tokens(self, prompt: str) -> int:
+        """Return how many tokens a prompt takes at the start of a text, without a special token at its end."""
+        encoding = self._library.encode(prompt, add_special_tokens=True)
+        return len(encoding.ids) - bool(encoding.special_tokens_mask and encoding.special_tokens_mask[-1])
+
+    def _check_ends(self, told: Mapping[str, Any]) -> None:
+        """Raise StartError where tokenizer_config.json wants a token at an end that tokenizer.json does not put there,
+        or the other way round."""
+        encoding = self._library.encode("a", add_special_tokens=True)
+        for setting, name, place in (("add_bos_token", "bos_token", 0), ("add_eos_token", "eos_token", -1)):
+            token = told.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(told.get(setting), bool) or not isinstance(token, str) or not encoding.tokens:
+                continue
+            if (encoding.tokens[place] == token) is not told[setting]:
+                raise failed(
+                    f"tokenizer_config.json has {setting} {told[setting]}, and tokenizer.json does otherwise",
+                    "save the tokenizer again with tokenizer.save_pretrained, so that both agree",
+                )
+
     def _padding_number(self, pretrained: Pretrained) -> int:
         told = pretrained.tokenizer_config.get("pad_token")
         token = told.get("content") if isinstance(told, dict) else told
         known = self._library.token_to_id(token) if isinstance(token, str) else None
-        return int(known if known is not None else _limit(pretrained.config.get("pad_token_id"), 0))
+        return int(known if known is not None else limit(pretrained.config.get("pad_token_id"), 0))
 
 
 @dataclass(frozen=True)
@@ -211,13 +214,7 @@ class TextModel:
         given = _tried(run, probe)
         classifier = _classifies(pretrained, given)
         if not classifier:
-            pool = _POOLINGS[pretrained.pooling]
-            inner = run
-
-            def run(ids: Integers, mask: Integers, segments: Integers) -> Floats:
-                hidden = inner(ids, mask, segments)
-                return hidden if hidden.ndim == 2 else pool(hidden, mask)
-
+            run = _pooled(pretrained.sentences, tokenizer, run, given.ndim)
             given = run(*probe)
         return cls(
             pretrained=pretrained,
@@ -234,7 +231,7 @@ class TextModel:
 
         Texts of like length share a run, so that little is padded.
         """
-        prompt = self.pretrained.prompt if self.labels is None else ""
+        prompt = self.pretrained.sentences.prompt if self.labels is None else ""
         encodings = self.tokenizer([prompt + text for text in texts] if prompt else texts)  # type: ignore[operator]
         for i, encoding in enumerate(encodings):
             if not encoding.ids:
@@ -257,8 +254,8 @@ class TextModel:
         if self.labels is None:
             about |= {
                 "embedding_size": self.width,
-                "pooling": self.pretrained.pooling,
-                "normalised": self.pretrained.normalised,
+                "pooling": self.pretrained.sentences.pooling,
+                "normalised": self.pretrained.sentences.normalised,
             }
         return about
 
@@ -271,91 +268,22 @@ def _described(folder: ModelFolder) -> str:
     if folder.model is not None:
         return folder.model
     found = [path for path in folder.files if PurePosixPath(path).name == "config.json"]
-    found = [path for path in found if {"model_type", "architectures"} & set(_json(folder, path))]
+    found = [path for path in found if _is_described(hugging_face.read_json(folder, path))]
     if not found:
-        raise _failed("there is no config.json of a model", "save the model with save_pretrained, then export it")
+        raise failed("there is no config.json of a model", "save the model with save_pretrained, then export it")
     return min(found, key=lambda path: (path.count("/"), path))
 
 
-def _json(folder: ModelFolder, path: str) -> dict[str, Any]:
-    """A JSON object of the folder; empty where the file is not there."""
-    if path not in folder.files:
-        return {}
-    file = folder.path(path)
-    try:
-        body = json.loads(file.read_bytes()) if file.stat().st_size <= _LARGEST_JSON else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _failed(f"{path} cannot be read: {error}", "save the model again") from error
-    return body if isinstance(body, dict) else {}
-
-
-def _modules(folder: ModelFolder, root: str) -> tuple[str | None, bool, int]:
-    """Pooling, normalisation and longest input of sentence-transformers."""
-    path = f"{root}modules.json"
-    if path not in folder.files:
-        return None, False, _NO_LIMIT
-    try:
-        modules = json.loads(folder.path(path).read_bytes())
-        kinds = [(str(module["type"]).rsplit(".", 1)[-1], str(module["path"]).strip("/")) for module in modules]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _failed(f"modules.json cannot be read: {error}", "save the model again") from error
-    odd = [kind for kind, _ in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    if odd:
-        raise _failed(
-            f"modules.json has a module {odd[0]}, which is not known here",
-            "export the whole of it to ONNX with sentence_embedding as output",
-        )
-    pooling = None
-    for kind, place in kinds:
-        if kind == "Pooling":
-            told = _json(folder, f"{root}{place}/config.json")
-            chosen = [name for name, key in _POOLING_KEYS.items() if told.get(key)]
-            if told.get("pooling_mode") in _POOLING_KEYS:
-                chosen = [told["pooling_mode"]]
-            if len(chosen) != 1:
-                raise _failed("its pooling is none of: " + ", ".join(_POOLING_KEYS), "export it with its pooling")
-            pooling = chosen[0]
-    longest = _limit(_json(folder, f"{root}sentence_bert_config.json").get("max_seq_length"))
-    return pooling, any(kind == "Normalize" for kind, _ in kinds), longest
+def _is_described(config: Any) -> bool:
+    return isinstance(config, dict) and bool({"model_type", "architectures"} & set(config))
 
 
 def _positions(config: dict[str, Any]) -> int:
     """Tokens that the network has positions for."""
-    told = _limit(config.get("max_position_embeddings"), _LONGEST)
+    told = limit(config.get("max_position_embeddings"), _LONGEST)
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        told -= _limit(config.get("pad_token_id"), 1) + 1  # they count from the padding's number on
+        told -= limit(config.get("pad_token_id"), 1) + 1  # they count from the padding's number on
     return max(told, 3)
-
-
-def _limit(value: Any, without: int = _NO_LIMIT) -> int:
-    return int(value) if isinstance(value, int | float) and 0 < value < _NO_LIMIT else without
-
-
-def _normaliser(text: str, told: dict[str, Any]) -> str:
-    """tokenizer.json with the case and the accents of tokenizer_config.json, which transformers gives precedence."""
-    if not str(told.get("tokenizer_class", "")).startswith(("Bert", "DistilBert", "Electra", "MPNet")):
-        return text
-    body = json.loads(text)
-    normalizer = body.get("normalizer")
-    if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
-        return text
-    for theirs, ours in _NORMALISER_KEYS.items():
-        if theirs in told:
-            normalizer[ours] = told[theirs]
-    return json.dumps(body)
-
-
-_NORMALISER_KEYS = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",
-    "tokenize_chinese_chars": "handle_chinese_chars",
-}
-_POOLING_KEYS = {
-    "mean": "pooling_mode_mean_tokens",
-    "cls": "pooling_mode_cls_token",
-    "max": "pooling_mode_max_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
 
 
 # --- the network -------------------------------------------------------------------------------------------------
@@ -365,7 +293,7 @@ def _network(pretrained: Pretrained) -> tuple[Run, str]:
     if pretrained.network is not None:
         return _session(pretrained, pretrained.folder.path(pretrained.network)), "onnxruntime"
     if not pretrained.weights:
-        raise _failed("there is neither an .onnx file nor a .safetensors file", encoders.EXPORT_HINT)
+        raise failed("there is neither an .onnx file nor a .safetensors file", encoders.EXPORT_HINT)
     if pretrained.config.get("model_type") not in encoders.FAMILIES:
         return _torch(pretrained), "torch"
     files = [pretrained.folder.path(path) for path in pretrained.weights]
@@ -386,13 +314,13 @@ def _session(pretrained: Pretrained, source: Path | bytes) -> Run:
         session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has an exception for each status, without a common base
         message = f"the network cannot be loaded by ONNX Runtime: {str(error)[:500]}"
-        raise _failed(message, "export it for a lower opset") from error
+        raise failed(message, "export it for a lower opset") from error
     inputs = {each.name: each for each in session.get_inputs()}
     odd = [name for name in inputs if name not in ("input_ids", "attention_mask", "token_type_ids", "position_ids")]
     if odd:
         hint = "export the encoder or classifier alone; for a chat with a language model, use an LLM server"
-        raise _failed(f"the network takes {odd[0]!r}, which is not known here", hint)
-    output = _output(session)
+        raise failed(f"the network takes {odd[0]!r}, which is not known here", hint)
+    output = _output(session, _classifier_by_name(pretrained))
     types = {name: np.int32 if each.type == "tensor(int32)" else np.int64 for name, each in inputs.items()}
 
     def run(ids: Integers, mask: Integers, segments: Integers) -> Floats:
@@ -405,13 +333,21 @@ def _session(pretrained: Pretrained, source: Path | bytes) -> Run:
     return run
 
 
-def _output(session: Any) -> str:
-    """The output that tells most: logits, a pooled vector, or the vectors of the tokens."""
-    outputs = {each.name: each for each in session.get_outputs()}
-    for name in ("logits", "sentence_embedding", "last_hidden_state", "token_embeddings"):
-        if name in outputs:
-            return name
-    return str(next(iter(outputs)))
+def _output(session: Any, classify: bool) -> str:
+    """Return the name of the output that is read: logits of a classifier; else a pooled vector or those of the tokens.
+
+    Raises StartError where there is no such output: logits of something else are not an embedding.
+    """
+    names = [each.name for each in session.get_outputs()]
+    wanted = ("logits",) if classify else ("sentence_embedding", "last_hidden_state", "token_embeddings")
+    found = next((name for name in wanted if name in names), None)
+    if found is None and not classify and "logits" in names:
+        raise failed(
+            "the network gives logits, and config.json does not say that it classifies texts",
+            "for a classifier, name its architecture …ForSequenceClassification in config.json; for an encoder, "
+            "export it with feature-extraction as its task",
+        )
+    return found or names[0]
 
 
 def _torch(pretrained: Pretrained) -> Run:
@@ -437,7 +373,7 @@ def _torch(pretrained: Pretrained) -> Run:
             str(root), local_files_only=True, trust_remote_code=False, use_safetensors=True
         ).eval()
     except Exception as error:  # whatever a model's own code raises
-        raise _failed(f"transformers cannot load it: {str(error)[:500]}", encoders.EXPORT_HINT) from error
+        raise failed(f"transformers cannot load it: {str(error)[:500]}", encoders.EXPORT_HINT) from error
     segmented = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
 
     def run(ids: Integers, mask: Integers, segments: Integers) -> Floats:
@@ -458,7 +394,7 @@ def _tried(run: Run, probe: tuple[Integers, Integers, Integers]) -> Floats:
         raise
     except Exception as error:
         message = f"the network cannot take a text: {str(error)[:500]}"
-        raise _failed(message, "export it with dynamic axes for the batch and the sequence") from error
+        raise failed(message, "export it with dynamic axes for the batch and the sequence") from error
 
 
 def _classifier_by_name(pretrained: Pretrained) -> bool:
@@ -467,22 +403,28 @@ def _classifier_by_name(pretrained: Pretrained) -> bool:
 
 def _classifies(pretrained: Pretrained, given: Floats) -> bool:
     if given.ndim not in (2, 3) or given.shape[0] != 1:
-        raise _failed(
+        raise failed(
             f"the network gives an array of shape {list(given.shape)} for one text",
             "export it with feature-extraction or text-classification as its task",
         )
     if _classifier_by_name(pretrained):
         if given.ndim == 2:
             return True
-        raise _failed("config.json says a classifier, the network gives a value for each token", encoders.EXPORT_HINT)
+        raise failed("config.json says a classifier, the network gives a value for each token", encoders.EXPORT_HINT)
+    if pretrained.architecture.endswith(_NOT_MEANT_TO_EMBED) and not pretrained.sentences.declared:
+        raise failed(
+            f"{pretrained.architecture} predicts masked words; the folder does not say that it embeds texts",
+            "save the encoder alone (AutoModel), or with sentence-transformers, whose modules.json says how it pools",
+        )
     if pretrained.architecture.endswith(_OTHER_TASKS):
-        raise _failed(
+        raise failed(
             f"{pretrained.architecture} neither classifies nor embeds texts",
             "serve it from a project: ekiben init; for a chat with a language model, use an LLM server",
         )
     return False
 
 
+_NOT_MEANT_TO_EMBED = ("ForMaskedLM", "ForPreTraining")
 _OTHER_TASKS = (
     "ForTokenClassification",
     "ForQuestionAnswering",
@@ -493,26 +435,37 @@ _OTHER_TASKS = (
 
 
 def _labels(pretrained: Pretrained, classes: int) -> tuple[str, ...]:
-    labels = pretrained.labels or tuple(f"LABEL_{i}" for i in range(classes))
+    labels = hugging_face.labels(pretrained.config) or tuple(f"LABEL_{i}" for i in range(classes))
     if len(labels) != classes or len(set(labels)) != classes:
-        raise _failed(
+        raise failed(
             f"config.json names {len(set(labels))} labels, the network has {classes} classes", "correct its id2label"
         )
     return labels
 
 
 def _scores(pretrained: Pretrained, classes: int) -> Callable[[Floats], NDArray[np.float64]]:
-    """As the text-classification pipeline of transformers chooses it."""
+    """As a CrossEncoder of sentence-transformers was saved, else as transformers' text-classification chooses it."""
+    saved = pretrained.config.get("sentence_transformers")
+    activation = saved.get("activation_fn") if isinstance(saved, dict) else None
+    activation = activation or pretrained.config.get("sbert_ce_default_activation_function")
+    if activation is not None:
+        named = str(activation).rsplit(".", 1)[-1]
+        if named not in _ACTIVATIONS:
+            raise failed(
+                f"config.json has the activation function {str(activation)[:100]}, which is not known here",
+                f"save it with one of {', '.join(_ACTIVATIONS)}",
+            )
+        return _ACTIVATIONS[named]
     told = pretrained.config.get("problem_type")
     if told == "regression":
-        return lambda logits: logits.astype(np.float64)
+        return raw
     if told == "multi_label_classification" or classes == 1:
         return sigmoid
     return softmax
 
 
 def _vectors(pretrained: Pretrained) -> Callable[[Floats], NDArray[np.float64]]:
-    return unit if pretrained.normalised else lambda vectors: vectors.astype(np.float64)
+    return unit if pretrained.sentences.normalised else raw
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -526,11 +479,46 @@ def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
     return result
 
 
+def raw(logits: NDArray[Any]) -> NDArray[np.float64]:
+    return logits.astype(np.float64)
+
+
+_ACTIVATIONS = {"Identity": raw, "Sigmoid": sigmoid}
+"""Of a CrossEncoder, by the class in torch."""
+
+
 def unit(vectors: NDArray[Any]) -> NDArray[np.float64]:
     """Of length 1 each."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     result: NDArray[np.float64] = vectors / np.maximum(lengths, 1e-12)
     return result
+
+
+def _pooled(sentences: Sentences, tokenizer: Tokenizer, run: Run, dimensions: int) -> Run:
+    """Return a network that gives one vector a text [n, width], from one that gives one a text or one a token.
+
+    Raises StartError where the prompt must be left out of a pooling that the network does by itself.
+    """
+    pool = _POOLINGS[sentences.pooling]
+    skipped = 0
+    if sentences.prompt and not sentences.prompt_is_pooled:
+        if dimensions == 2:
+            raise failed(
+                "its pooling leaves the prompt out (include_prompt), and the network pools by itself",
+                "export the network with token_embeddings as output",
+            )
+        skipped = tokenizer.prompt_tokens(sentences.prompt)
+
+    def pooled(ids: Integers, mask: Integers, segments: Integers) -> Floats:
+        hidden = run(ids, mask, segments)
+        if hidden.ndim == 2:
+            return hidden
+        if skipped:
+            first = mask.argmax(axis=1)[:, None] + skipped
+            mask = np.where(np.arange(mask.shape[1])[None] < first, 0, mask)
+        return pool(hidden, mask)
+
+    return pooled
 
 
 def _mean(hidden: Floats, mask: Integers) -> Floats:
@@ -572,7 +560,3 @@ def _shares(lengths: Sequence[int]) -> list[list[int]]:
         shares.append(order[:most])
         order = order[most:]
     return shares
-
-
-def _failed(message: str, hint: str) -> StartError:
-    return StartError("model_load_failed", message, hint)

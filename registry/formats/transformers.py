@@ -30,13 +30,16 @@ _MOST_CONFIGS = 20
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_MASKED = ("ForMaskedLM", "ForPreTraining")
 _OTHERS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForImageClassification")
 
 
 def recognise(upload: Upload) -> Recognised | None:
     """The text model in an upload, None if there is no config.json of one. UserError where it cannot be served:
-    `transformers_code`, `transformers_task`, `transformers_no_tokenizer`, `transformers_adapter`, `pickle_refused`,
-    `several_models`, `truncated_model`, `invalid_model`; `check_needs` has one more."""
+    `transformers_code`, `transformers_task`, `transformers_no_tokenizer`, `transformers_adapter`,
+    `transformers_labels`, `pickle_refused`, `several_models`, `truncated_model`, `invalid_model`; `check_needs` has
+    one more.
+    """
     found = _config(upload)
     if found is None:
         return None
@@ -48,7 +51,8 @@ def recognise(upload: Upload) -> Recognised | None:
         return None  # a network with some configuration beside it: the other recognisers look at the network
     _refuse_code(upload, root, config)
     _refuse_pickles(upload)
-    _refuse_task(root, config)
+    _refuse_task(config, declared=f"{root}modules.json" in upload.sizes)
+    _check_labels(root, config)
     if f"{root}adapter_config.json" in upload.sizes and not networks:
         raise UserError(
             "transformers_adapter",
@@ -158,7 +162,22 @@ def _refuse_pickle(path: str) -> NoReturn:
     )
 
 
-def _refuse_task(root: str, config: Mapping[str, Any]) -> None:
+def _check_labels(root: str, config: Mapping[str, Any]) -> None:
+    """UserError `transformers_labels` where id2label does not number the classes from 0 on."""
+    named = config.get("id2label")
+    if not isinstance(named, dict) or set(named) == {str(number) for number in range(len(named))}:
+        return
+    raise UserError(
+        "transformers_labels",
+        f"The keys of id2label in {shown(root)}config.json must be 0 to {len(named) - 1}, and are "
+        f"{shown(', '.join(sorted(named)[:5]))}: which output of the network has which name would be a guess.",
+        field="file",
+        hint="Number the classes in the order of the network's outputs, from 0 on, in id2label and label2id.",
+    )
+
+
+def _refuse_task(config: Mapping[str, Any], *, declared: bool) -> None:
+    """UserError `transformers_task` for what neither classifies nor embeds texts; `declared`: modules.json is there."""
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else ""
     if architecture.endswith(_GENERATES):
@@ -168,6 +187,14 @@ def _refuse_task(root: str, config: Mapping[str, Any]) -> None:
             field="file",
             hint="For a chat with a language model, use an LLM server. Served here are models that classify or embed "
             "texts.",
+        )
+    if architecture.endswith(_MASKED) and not declared:
+        raise UserError(
+            "transformers_task",
+            f"{shown(architecture)} predicts masked words; the folder does not say that it embeds texts.",
+            field="file",
+            hint="To embed, save the encoder alone (AutoModel.from_pretrained(…).save_pretrained(folder)), or save it "
+            "with sentence-transformers, whose modules.json says how it pools.",
         )
     if architecture.endswith(_OTHERS):
         raise UserError(

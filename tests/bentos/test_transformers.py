@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from bentos.serving import ModelFolder, Problem, StartError, encoders, texts, write_model
+from bentos.serving import ModelFolder, Problem, StartError, encoders, hugging_face, texts, write_model
 from bentos.training import words
 from bentos.transformers import example
 from bentos.transformers.service import Model
@@ -59,6 +59,29 @@ def hidden_states(left: bool = False) -> dict[str, bytes]:
         "tokenizer.json": tokenizer.to_str().encode(),
         "tokenizer_config.json": json.dumps(told).encode(),
     }
+
+
+def sentences(
+    pooling: dict[str, Any] | None = None,
+    transformer: dict[str, Any] | None = None,
+    prompts: dict[str, Any] | None = None,
+    tokenizer: dict[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """The BERT of `hidden_states` as sentence-transformers saves it, with settings of its files."""
+    files = hidden_states()
+    modules = [
+        {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    told = {**json.loads(files["tokenizer_config.json"]), **(tokenizer or {})}
+    bodies = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, **(pooling or {})},
+        "sentence_bert_config.json": {"max_seq_length": 16, "do_lower_case": False, **(transformer or {})},
+        "config_sentence_transformers.json": prompts or {},
+        "tokenizer_config.json": told,
+    }
+    return {**files, **{name: json.dumps(body).encode() for name, body in bodies.items()}}
 
 
 def tokens(row: list[int], segments: list[int] | None = None, padding: int = 0) -> Any:
@@ -186,6 +209,74 @@ def test_the_default_prompt_is_put_before_a_text(tmp_path: Path) -> None:
     assert prompted(["blue"]).values.tolist() == plain(["red blue"]).values.tolist()
 
 
+def test_a_prompt_that_is_not_pooled_is_read_and_left_out(tmp_path: Path) -> None:
+    prompts = {"prompts": {"query": "red tree "}, "default_prompt_name": "query"}
+    files = sentences({"include_prompt": False}, prompts=prompts)
+    model = texts.TextModel.load(folder(tmp_path, files))
+    red, tree, blue, sky = 6, 8, 4, 7
+    hidden = tokens([2, red, tree, blue, sky, 3])  # [CLS] belongs to the prompt, [SEP] to the text
+    values = model(["blue sky", "blue sky green green"]).values
+    np.testing.assert_allclose(values[0], hidden[3:].mean(0), rtol=1e-4, atol=1e-5)
+    whole = texts.TextModel.load(folder(tmp_path / "whole", sentences(prompts=prompts)))
+    np.testing.assert_allclose(whole(["blue sky"]).values[0], hidden.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_that_is_not_pooled_is_refused_where_the_network_pools(tmp_path: Path) -> None:
+    modules = json.loads(sentences()["modules.json"])
+    files = encoder(
+        **{
+            "modules.json": modules,
+            "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "include_prompt": False},
+            "config_sentence_transformers.json": {"prompts": {"q": "red "}, "default_prompt_name": "q"},
+        }
+    )
+    with pytest.raises(StartError, match="include_prompt"):
+        texts.TextModel.load(folder(tmp_path, files))
+
+
+def test_lower_case_of_sentence_transformers_is_honoured(tmp_path: Path) -> None:
+    model = texts.TextModel.load(folder(tmp_path, sentences(transformer={"do_lower_case": True})))
+    assert [e.tokens for e in model.tokenizer(["Sky café"])] == [["[CLS]", "sky", "café", "[SEP]"]]
+    kept = texts.TextModel.load(folder(tmp_path / "kept", sentences()))
+    assert [e.tokens for e in kept.tokenizer(["Sky café"])] == [["[CLS]", "Sky", "café", "[SEP]"]]
+
+
+def test_special_tokens_in_a_text_are_split_where_the_tokenizer_says_so(tmp_path: Path) -> None:
+    kept = texts.TextModel.load(folder(tmp_path, sentences()))
+    split = texts.TextModel.load(folder(tmp_path / "split", sentences(tokenizer={"split_special_tokens": True})))
+    assert kept.tokenizer(["sky"])[0].ids == split.tokenizer(["sky"])[0].ids
+    assert split.tokenizer._library.encode_special_tokens is True
+
+
+@pytest.mark.parametrize(("wanted", "first"), [(True, "Ġblue"), (False, "blue")])
+def test_a_space_before_the_text_is_that_of_tokenizer_config(wanted: bool, first: str) -> None:
+    library = Tokenizer(models.WordLevel({"blue": 0, "Ġblue": 1}, unk_token="blue"))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=not wanted)
+    told = {"tokenizer_class": "RobertaTokenizerFast", "add_prefix_space": wanted}
+    made = Tokenizer.from_str(hugging_face.tokenizer_json(library.to_str(), told, lowercase=False))
+    assert made.encode("blue").tokens == [first]
+
+
+def test_a_masked_language_model_of_sentence_transformers_embeds(tmp_path: Path) -> None:
+    files = sentences()
+    config = {**json.loads(files["config.json"]), "architectures": ["BertForMaskedLM"]}
+    model = texts.TextModel.load(folder(tmp_path, {**files, "config.json": json.dumps(config).encode()}))
+    assert model.labels is None
+
+
+@pytest.mark.parametrize(
+    ("config", "score"),
+    [
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, 0.11),
+        ({"sbert_ce_default_activation_function": "torch.nn.modules.activation.Sigmoid"}, 1 / (1 + np.exp(-0.11))),
+    ],
+    ids=["identity", "sigmoid"],
+)
+def test_the_activation_of_a_cross_encoder_is_honoured(tmp_path: Path, config: dict[str, Any], score: float) -> None:
+    one = Model(folder(tmp_path, classifier(1, **config))).answer(["blue"])["outputs"][0]
+    assert one["score"] == pytest.approx(score, rel=1e-5)
+
+
 def test_case_and_accents_are_those_of_tokenizer_config(tmp_path: Path) -> None:
     files = hidden_states()
     told = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": True, "pad_token": "[PAD]"}
@@ -254,7 +345,26 @@ def test_scores_are_what_the_pipeline_of_transformers_makes_of_logits(tmp_path: 
     [
         (lambda: classifier(3, id2label={"0": "a", "1": "b"}), "names 2 labels, the network has 3 classes"),
         (lambda: classifier(2, id2label={"0": "a", "1": "a"}), "names 1 labels"),
-        (lambda: classifier(2, id2label={"a": 0, "b": 1}), "not by number"),
+        (lambda: classifier(2, id2label={"a": 0, "b": 1}), "must be 0 to 1, and are a, b"),
+        (lambda: classifier(3, id2label={"-1": "a", "0": "b", "1": "c"}), "must be 0 to 2, and are -1, 0, 1"),
+        (lambda: classifier(3, id2label={"1": "a", "2": "b", "3": "c"}), "must be 0 to 2, and are 1, 2, 3"),
+        (lambda: classifier(2, id2label={"00": "a", "1": "b"}), "must be 0 to 1"),
+        (lambda: classifier(2, architectures=[]), "gives logits"),
+        (lambda: classifier(2, sentence_transformers={"activation_fn": "torch.nn.Tanh"}), "activation function"),
+        (lambda: encoder({"architectures": ["BertForMaskedLM"]}), "predicts masked words"),
+        (lambda: sentences({"include_layers": 3}), "sets include_layers"),
+        (lambda: sentences({"pooling_mode_weightedmean_tokens": True}), "pooling must be one of"),
+        (lambda: sentences({"pooling_mode": ["mean", "cls"], "pooling_mode_mean_tokens": False}), "must be one of"),
+        (lambda: sentences(transformer={"query_expansion": {"length": 3}}), "sets query_expansion"),
+        (lambda: sentences(transformer={"transformer_task": "fill-mask"}), "sets transformer_task"),
+        (lambda: sentences(transformer={"modality_config": {"image": {}}}), "modality text"),
+        (lambda: sentences(prompts={"truncate_dim": 2}), "truncate_dim"),
+        (lambda: sentences(prompts={"model_type": "SparseEncoder"}), "SparseEncoder"),
+        (lambda: sentences(prompts={"default_prompt_name": "x", "prompts": {"y": "z"}}), "default prompt 'x'"),
+        (lambda: {**sentences(), "modules.json": b"[3]"}, "a list of modules"),
+        (lambda: {**sentences(), "sentence_bert_config.json": b"[]"}, "must hold a JSON object"),
+        (lambda: sentences(tokenizer={"add_eos_token": False, "eos_token": "[SEP]"}), "add_eos_token False"),
+        (lambda: sentences(tokenizer={"add_bos_token": True, "bos_token": "sky"}), "add_bos_token True"),
         (lambda: {**encoder(), "tokenizer.json": b"{}"}, "tokenizer.json cannot be read"),
         (lambda: {**encoder(), "model.onnx": b"\x08\x01"}, "cannot be loaded by ONNX Runtime"),
         (lambda: encoder({"architectures": ["BertForTokenClassification"]}), "neither classifies nor embeds"),

@@ -132,6 +132,21 @@ def test_a_model_that_generates_is_sent_to_an_llm_server() -> None:
     assert "LLM server" in (error.hint or "")
 
 
+@pytest.mark.parametrize("keys", [["-1", "0", "1"], ["1", "2", "3"], ["0", "2"], ["a", "b"], ["00"]])
+def test_names_of_classes_that_are_not_numbered_from_0_are_refused(keys: list[str]) -> None:
+    config = {"model_type": "bert", "id2label": {key: key for key in keys}}
+    error = refused(folder(**{"config.json": json.dumps(config).encode()}))
+    assert error.code == "transformers_labels"
+    assert keys[0] in error.detail
+
+
+def test_a_masked_language_model_is_not_taken_for_an_embedding() -> None:
+    config = json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}).encode()
+    error = refused(folder(**{"config.json": config}))
+    assert (error.code, "BertForMaskedLM" in error.detail) == ("transformers_task", True)
+    assert see(folder(**{"config.json": config, "modules.json": b"[]"})).format == "transformers-safetensors"
+
+
 def test_what_is_missing_is_named() -> None:
     assert refused(folder(tokenizer__json=None)).code == "transformers_no_tokenizer"
     assert refused(folder(model__safetensors=None)).code == "transformers_no_weights"
