@@ -87,7 +87,9 @@ class KubernetesPlatform:
         self._made = (*ways, *beside, "Deployment", "Service", "NetworkPolicy")
         # Two of them for one deployment are refused by some controllers, or undo each other.
         self._single = frozenset((*ways, *beside))
-        watched = [Watched(kind, self._models_in) for kind in (*self._made, "Pod", "Event", "ResourceQuota")]
+        watched = [
+            Watched(kind, self._models_in) for kind in (*self._made, "Pod", "Event", "ResourceQuota", "LimitRange")
+        ]
         watched += [Watched(kind, self._builds_in) for kind in ("Job", "Pod", "Event")]
         self._lock = threading.RLock()
         self._wanted: dict[str, RevisionOrder] = {}
@@ -393,10 +395,11 @@ class KubernetesPlatform:
         """Whether the cluster can have room for this at all; UserError before anything is built."""
         if self._cluster.synced():
             quotas = self._cluster.all("ResourceQuota", self._models_in)
+            limits = self._cluster.all("LimitRange", self._models_in)
             current = self._of("Deployment", deployment)
-        else:  # what quotas say is not known at the moment; they will say it themselves
-            quotas, current = [], None
-        Room(self._settings, quotas).check(current, resources, replicas, strategy)
+        else:  # what quotas and limits say is not known at the moment; they will say it themselves
+            quotas, limits, current = [], [], None
+        Room(self._settings, quotas, limits).check(current, resources, replicas, strategy)
 
     def serving_log(self, deployment: str, *, follow: bool, ended: Callable[[], bool]) -> Iterator[str]:
         self._need_lists()

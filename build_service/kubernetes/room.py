@@ -19,8 +19,11 @@ _STATUS = 409  # what is asked for contradicts what there is
 
 
 class Room:
-    def __init__(self, settings: Settings, quotas: Iterable[Mapping[str, Any]]) -> None:
-        self._settings, self._quotas = settings, list(quotas)
+    def __init__(
+        self, settings: Settings, quotas: Iterable[Mapping[str, Any]], limits: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """`quotas` and `limits`: the ResourceQuotas and LimitRanges of the models' namespace."""
+        self._settings, self._quotas, self._limits = settings, list(quotas), list(limits)
 
     def check(
         self, current: Mapping[str, Any] | None, resources: Mapping[str, str], replicas: int, strategy: str
@@ -31,6 +34,7 @@ class Room:
             if (text := resources.get(field)) is None or (one := parse_amount(str(text))) == 0:
                 continue
             self._against_capacity(field, resource, str(text), one)
+            self._against_limits(field, resource, str(text), one)
             now = _uses(current, resource)
             peak = replicas * one
             if current is not None and strategy != "replace":
@@ -42,6 +46,20 @@ class Room:
         capacity = self._settings.cluster_capacity.get(resource)
         if capacity is not None and one > parse_amount(capacity):
             raise _refusal(field, resource, capacity, text, "no node of this cluster can give more to one pod")
+
+    def _against_limits(self, field: str, resource: str, text: str, one: Decimal) -> None:
+        for limits in self._limits:
+            for each in limits["spec"].get("limits") or ():
+                most = (each.get("max") or {}).get(resource) if each["type"] in ("Container", "Pod") else None
+                if most is not None and one > parse_amount(str(most)):
+                    raise UserError(
+                        "limit_exceeded",
+                        f"resources.{field} is {text}. The LimitRange {limits['metadata']['name']!r} of the models' "
+                        f"namespace allows at most {most}.",
+                        field=f"resources.{field}",
+                        hint="Ask for less, or have the limit raised.",
+                        status=_STATUS,
+                    )
 
     def _against_quota(self, quota: Mapping[str, Any], field: str, resource: str, peak: Decimal, now: Decimal) -> None:
         status = quota.get("status", {})

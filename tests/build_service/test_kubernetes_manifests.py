@@ -364,6 +364,19 @@ def test_a_rolling_update_needs_room_for_one_more_pod_and_a_replacement_does_not
     assert refusal(room, None, {"gpu": "1"}, 1, "rolling") is not None  # another deployment has it
 
 
+def test_more_than_the_namespace_allows_one_container_is_refused_before_the_build() -> None:
+    limits = {
+        "metadata": {"name": "ekiben"},
+        "spec": {"limits": [{"type": "Container", "max": {"memory": "8Gi"}}, {"type": "PersistentVolumeClaim"}]},
+    }
+    room = Room(settings(), [], [limits])
+    error = refusal(room, None, {"memory": "9Gi"}, 1, "rolling")
+    assert error is not None
+    assert (error.code, error.field, error.status) == ("limit_exceeded", "resources.memory", 409)
+    assert "8Gi" in error.detail
+    assert refusal(room, None, {"memory": "8192Mi", "cpu": "64"}, 1, "rolling") is None
+
+
 def test_what_fits_passes_and_what_nobody_asked_for_is_not_looked_at() -> None:
     room = Room(settings(), [quota({"limits.memory": "4Gi"}, {"limits.memory": "3Gi"})])
     assert refusal(room, None, {"memory": "1Gi"}, 1, "rolling") is None
