@@ -118,7 +118,9 @@ def create_app(
         default.forget()
         valid.forget()
 
-    forkserver = Forkserver(Bounds(settings.recognition_memory, settings.recognition_seconds))
+    forkserver = Forkserver(
+        Bounds(settings.recognition_memory, settings.recognition_seconds, settings.recognitions_at_once)
+    )
     service = api.Service(
         settings, database, store, kinds, platform, reconciler, lambda: links, forget, examine or forkserver.begin
     )

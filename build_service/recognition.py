@@ -39,6 +39,7 @@ log = structlog.get_logger(__name__)
 _WALL_FACTOR = 6  # wall time allowed for each second of CPU time: others work on this machine too
 _WALL_BASE = 60.0  # seconds on top: the store may be slow, and the forkserver not up yet
 _END_SECONDS = 10.0  # in which the forkserver tells how a child ended
+_SLOT_SECONDS = 0.2  # between two looks whether an upload that waits for its turn was given up
 _MOST_HANDLES = 32  # files of a remote store that a child has open
 _MESSAGES: dict[Frame, int] = {
     Frame.OPEN: examination.LARGEST_TEXT,
@@ -58,10 +59,12 @@ _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 @dataclass(frozen=True)
 class Bounds:
-    """`memory`: bytes of a child. `seconds`: CPU time, and one second more for each `rate` bytes of an upload."""
+    """`memory`: bytes of a child. `seconds`: CPU time, and one second more for each `rate` bytes of an upload.
+    `at_once`: children that run side by side; further uploads wait for their turn."""
 
     memory: int
     seconds: float
+    at_once: int = 4
     rate: float = 8 << 20
 
 
@@ -119,6 +122,7 @@ class Forkserver:
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
+        self._slots = threading.BoundedSemaphore(bounds.at_once)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -131,7 +135,7 @@ class Forkserver:
 
     def begin(self) -> Bounded:
         """An examination in a child of its own, which is forked when it is first asked for something."""
-        return Bounded(self._fork, self._bounds)
+        return Bounded(self._fork, self._bounds, self._slots)
 
     def close(self) -> None:
         """End it and its children."""
@@ -198,8 +202,15 @@ class Forkserver:
 class Bounded:
     """An examination in a child with bounds."""
 
-    def __init__(self, fork: Callable[[], tuple[socket.socket, socket.socket]], bounds: Bounds) -> None:
+    def __init__(
+        self,
+        fork: Callable[[], tuple[socket.socket, socket.socket]],
+        bounds: Bounds,
+        slots: threading.BoundedSemaphore | None = None,
+    ) -> None:
         self._fork, self._bounds = fork, bounds
+        self._slots = slots or threading.BoundedSemaphore(bounds.at_once)
+        self._has_slot = False
         self._lock = threading.Lock()
         self._sockets: tuple[socket.socket, socket.socket] | None = None
         self._cancelled = False
@@ -250,10 +261,17 @@ class Bounded:
                 for each in self._sockets:
                     each.close()
                 self._sockets = None
+        if self._has_slot:
+            self._has_slot = False
+            self._slots.release()
 
     # --- talking with the child -------------------------------------------------------------------------------------
 
     def _child(self) -> tuple[socket.socket, socket.socket]:
+        while not self._has_slot:
+            if self._cancelled:
+                raise Cancelled
+            self._has_slot = self._slots.acquire(timeout=_SLOT_SECONDS)
         with self._lock:
             if self._cancelled:
                 raise Cancelled

@@ -112,6 +112,7 @@ class Settings(ClusterSettings):
         DEFAULT_MAX_RECOGNITION_MEMORY, ge=64 * MIB, description="Bytes of memory of the process that examines an "
         "upload: what it is, and what an archive holds.",
     )  # fmt: skip
+    recognitions_at_once: int = Field(4, gt=0, description="Uploads that are examined side by side; others wait.")
     recognition_seconds: float = Field(
         DEFAULT_MAX_RECOGNITION_SECONDS, gt=0, description="CPU time that it may take, in seconds; one second more for "
         "each 8 MiB of the upload.",

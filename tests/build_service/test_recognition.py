@@ -118,6 +118,41 @@ def test_an_upload_that_is_given_up_ends_its_child(forkserver: Forkserver, until
         examined.recognise([("m.txt", 5)], open_file)
 
 
+def test_uploads_beyond_the_bound_wait_for_their_turn_and_can_be_given_up_meanwhile(tmp_path: Path) -> None:
+    server = Forkserver(Bounds(memory=64 * MIB, seconds=0.1, at_once=1))
+    data = safetensors(b"small")
+    order = [("m.safetensors", len(data))]
+    found: list[str] = []
+
+    def examine(examined: Any) -> None:
+        try:
+            with examined:
+                found.append(examined.recognise(order, opened(data, tmp_path)).format)
+        except Cancelled:
+            found.append("given up")
+
+    try:
+        waits, given_up = server.begin(), server.begin()
+        threads = [threading.Thread(target=examine, args=(each,)) for each in (waits, given_up)]
+
+        def open_file(_path: str) -> BinaryIO:
+            if not found:  # a model is opened more than once
+                for thread in threads:
+                    thread.start()
+                given_up.cancel()
+                threads[1].join(30)
+            assert found == ["given up"]
+            assert len(process(server).children()) == 1
+            return io.BytesIO(data)
+
+        with server.begin() as examined:
+            examined.recognise(order, open_file)
+        threads[0].join(30)
+        assert found == ["given up", "safetensors"]
+    finally:
+        server.close()
+
+
 def test_a_child_that_crashes_takes_nothing_along(forkserver: Forkserver) -> None:
     def open_file(_path: str) -> BinaryIO:
         process(forkserver).children()[0].send_signal(signal.SIGSEGV)
