@@ -219,7 +219,8 @@ def last_crash(pods: Iterable[Object]) -> Failure | None:
 def ends(pod: Object) -> int:
     """How often the pod's process ended although nobody asked for it. An evicted pod is not started again."""
     statuses = pod.get("status", {}).get("containerStatuses") or ()
-    return sum(status.get("restartCount", 0) for status in statuses) + int(_is_evicted(pod))
+    restarts: int = sum(status.get("restartCount", 0) for status in statuses)
+    return restarts + int(_is_evicted(pod))
 
 
 def _of_eviction(pod: Object) -> Failure:
