@@ -24,6 +24,8 @@ class Model:
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # by its name alone a file would be read as ONNX Runtime's own format, which no upload was checked as
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             self.tensors = Tensors(tuple(_tensor(i) for i in self.session.get_inputs()))

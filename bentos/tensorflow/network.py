@@ -5,6 +5,7 @@ A function is traced once, for rows of any number: no request makes TensorFlow t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -99,6 +100,8 @@ def _keras(folder: serving.ModelFolder) -> Network:
     except Exception as error:
         raise _failed(f"{path.name} cannot be compiled", error, _KERAS_HINT) from error
 
+    _check(path.name, traced.graph.as_graph_def())
+
     def call(feed: Mapping[str, Any]) -> Mapping[str, Any]:
         values = traced(*(tf.constant(feed[n], s.dtype) for n, s in zip(names, specs, strict=True)))
         return dict(zip(outputs, values, strict=True))
@@ -119,9 +122,14 @@ def _saved_model(folder: serving.ModelFolder) -> Network:
         raise serving.StartError("model_load_failed", message, _SAVED_HINT)
     top = path.parent
     shown = "the SavedModel" if top == PurePosixPath(".") else f"the SavedModel {top}"
+    place = folder.root / "files" / top
     try:
-        loaded = tf.saved_model.load(str(folder.root / "files" / top))
+        for graph in _graphs(place / "saved_model.pb"):
+            _check(shown, graph, saved=True)
+        loaded = tf.saved_model.load(str(place))
         signatures = dict(loaded.signatures)
+    except serving.StartError:
+        raise
     except Exception as error:  # errors of the file system, of protobuf, and of restoring variables
         raise _failed(f"{shown} cannot be loaded by TensorFlow {tf.__version__}", error, _SAVED_HINT) from error
     name = "serving_default" if "serving_default" in signatures else next(iter(signatures), None)
@@ -144,6 +152,36 @@ def _saved_model(folder: serving.ModelFolder) -> Network:
         call,
         {"signature": name, "tensorflow": tf.__version__},
     )
+
+
+def operators() -> frozenset[str]:
+    """Return the operators that a graph may have: those that an upload is accepted with. registry/formats also checks
+    where the files of `_FILES` come from."""
+    listed: list[str] = json.loads(Path(__file__).with_name("operators.json").read_text("utf-8"))
+    return frozenset(listed)
+
+
+_FILES = frozenset((
+    "InitializeTableFromTextFile", "InitializeTableFromTextFileV2", "RestoreV2", "Restore", "RestoreSlice", "SaveV2",
+    "Save",
+    "SaveSlices", "MergeV2Checkpoints",
+))  # fmt: skip
+"""What a SavedModel's own initialisers and saver have besides."""
+
+
+def _graphs(path: Path) -> list[Any]:
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    return [each.graph_def for each in saved_model_pb2.SavedModel.FromString(path.read_bytes()).meta_graphs]
+
+
+def _check(name: str, graph: Any, saved: bool = False) -> None:
+    """Look at a GraphDef once more as TensorFlow itself read it, before any of it runs. Raises StartError."""
+    found = {node.op for nodes in (graph.node, *(f.node_def for f in graph.library.function)) for node in nodes}
+    odd = found - operators() - (_FILES if saved else frozenset())
+    if odd:
+        message = f"{name} has operators that are not served: {', '.join(sorted(odd))[:500]}"
+        raise serving.StartError("model_load_failed", message, "build the network from Keras' own layers")
 
 
 def _network(

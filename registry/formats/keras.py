@@ -1,6 +1,8 @@
 """Keras v3 `.keras` files: a zip with config.json, metadata.json and the weights. Read as data; nothing is imported.
 
-Keras' loading imports what config.json names (CVE-2025-1550, -8747, -9906), so every object in it must be Keras' own.
+Keras' loading imports what config.json names (CVE-2025-1550, -8747, -9906), and reads files that it names
+(CVE-2025-12058): every object in it must be of those modules of Keras that make up networks, and words come in the file
+and not by a path.
 """
 
 from __future__ import annotations
@@ -20,6 +22,14 @@ _SAVE = "model.save('model.keras')"
 _LARGEST_CONFIG = 32 << 20
 _MOST_AXES = 32
 _MADE_UP = re.compile(r"keras_tensor(_\d+)?|input_layer(_\d+)?|input_\d+|inputs|args_0")
+
+# Modules of Keras whose objects make up a network. Not: utilities, callbacks, data sets, exports, saving, applications.
+_MODULES = re.compile(
+    r"keras(\.src)?(\.(layers|models|initializers|regularizers|constraints|activations|ops|dtype_policies|quantizers|random|"
+    r"optimizers|losses|metrics)(\.[a-z0-9_.]+)?)?"
+)
+_PATHS = ("vocabulary", "idf_weights")
+"""Settings of layers that hold a list, or the path of a file to read it from."""
 _CODE = frozenset({"Lambda", "__lambda__", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer", "function"})
 
 
@@ -121,8 +131,11 @@ def _object(path: str) -> Any:
         name, module = body.get("class_name"), body.get("module")
         if isinstance(name, str) and name in _CODE:
             _refuse(path, f"a {name} layer or function, which is code")
-        if "class_name" in body and isinstance(module, str) and not f"{module}.".startswith(("builtins.", "keras.")):
-            _refuse(path, f"{module}.{name}, which is not Keras' own")
+        if "class_name" in body and isinstance(module, str) and not _MODULES.fullmatch(module):
+            _refuse(path, f"{module}.{name}, which is no part of a network")
+        for key in _PATHS:
+            if isinstance(body.get(key), str):
+                _refuse(path, f"a layer whose {key} is the path of a file, {body[key]!r}")
         registered = body.get("registered_name")
         if "class_name" in body and "module" in body and module is None and registered not in (None, name):
             _refuse(path, f"{registered}, which is not Keras' own")

@@ -30,8 +30,20 @@ _DTYPES = {
 # wire type of each known field of ModelProto: anything else is no ONNX model
 _MODEL = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
 
-# operators that read a file or run code of the model's choosing
-_REFUSED_OPERATORS = frozenset({"EPContext", "PyOp"})
+# Operators that read a file, hold a program of another device or run code, in ONNX Runtime's own domains.
+_REFUSED_OPERATORS = frozenset({"EPContext", "PyOp", "Snpe", "ATen"})
+
+# Domains whose operators ONNX Runtime itself has. Those of others are in libraries that a model cannot bring, or are
+# functions
+# of the model, which are walked.
+_DOMAINS = frozenset((
+    "", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft", "com.microsoft.nchwc",
+    "com.ms.internal.nhwc",
+))  # fmt: skip
+
+# ONNX Runtime reads a file with this name, or with these bytes there, as its own format, whatever else it is.
+_ORT_SUFFIX = ".ort"
+_ORT_MARK = b"ORTM"
 
 
 def recognise(upload: Upload, path: str) -> Recognised | None:
@@ -55,6 +67,14 @@ def recognise(upload: Upload, path: str) -> Recognised | None:
             ) from fault
     if not walk.has_graph or not walk.opsets:
         return None
+    if head[4:8] == _ORT_MARK or path.lower().endswith(_ORT_SUFFIX):
+        raise UserError(
+            "onnx_operator_refused",
+            f"{shown(path)} can be read as ONNX and as ONNX Runtime's own format, which says something else.",
+            field="file",
+            hint=f"Save the model as ONNX with another producer_name: {_SAVE}.",
+        )
+    walk.check_operators()
     return Recognised(FORMAT, path, signature=walk.signature(), notes=walk.notes(), parts=walk.parts())
 
 
@@ -79,7 +99,8 @@ class _Model:
         self._outputs: list[Tensor] = []
         self._initializers: set[str] = set()
         self._external: set[str] = set()
-        self._domains: set[str] = set()
+        self._used: set[tuple[str, str]] = set()  # domain, operator
+        self._own: set[tuple[str, str]] = set()  # functions of the model
 
     def model(self) -> None:
         wire = self._wire
@@ -133,11 +154,17 @@ class _Model:
                 self._graph(at, at + length, depth=1)
 
     def _function(self, start: int, end: int, depth: int) -> None:
+        name = domain = ""
         for number, kind, at, length in self._wire.fields(start, end):
-            if number == 7 and kind == 2:
+            if number == 1 and kind == 2:
+                name = self._wire.text(at, length)
+            elif number == 10 and kind == 2:
+                domain = self._wire.text(at, length)
+            elif number == 7 and kind == 2:
                 self._node(at, at + length, depth + 1)
             elif number == 11 and kind == 2:
                 self._attribute(at, at + length, depth + 1)
+        self._own.add((domain, name))
 
     def _graph(self, start: int, end: int, depth: int) -> None:
         if depth > _DEEPEST:
@@ -165,12 +192,12 @@ class _Model:
                     raise Fault("it has too many inputs or outputs")
 
     def _node(self, start: int, end: int, depth: int) -> None:
-        operator = ""
+        operator = domain = ""
         for number, kind, at, length in self._wire.fields(start, end):
             if number == 4 and kind == 2:
                 operator = self._wire.text(at, length)
             elif number == 7 and kind == 2:
-                self._domains.add(self._wire.text(at, length))
+                domain = self._wire.text(at, length)
             elif number == 5 and kind == 2:
                 self._attribute(at, at + length, depth)
         if operator in _REFUSED_OPERATORS:
@@ -179,6 +206,21 @@ class _Model:
                 f"{shown(self._path)} uses the operator {operator}, which loads a file or code of its own.",
                 field="file",
                 hint="Export the model without execution-provider contexts or Python operators.",
+            )
+        self._used.add((domain, operator))
+
+    def check_operators(self) -> None:
+        """UserError `onnx_operator_refused` for an operator of a domain that neither ONNX Runtime nor the model has."""
+        unknown = sorted(each for each in self._used - self._own if each[0] not in _DOMAINS)
+        if unknown:
+            domain, operator = unknown[0]
+            raise UserError(
+                "onnx_operator_refused",
+                f"{shown(self._path)} uses the operator {shown(operator)} of the domain {shown(domain)!r}, which ONNX "
+                "Runtime does not have.",
+                field="file",
+                hint="Export the model with operators of ONNX and ONNX Runtime alone, or pack it with the library of "
+                "that operator: ekiben init --from FILE.",
             )
 
     def _attribute(self, start: int, end: int, depth: int) -> None:
@@ -322,10 +364,6 @@ class _Model:
 
     def notes(self) -> tuple[str, ...]:
         notes = []
-        odd = self._domains - {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training"}
-        odd -= {"com.microsoft", "com.microsoft.nchwc"}
-        if odd:
-            notes.append(f"Uses operators of {', '.join(sorted(shown(domain) for domain in odd)[:5])}.")
         if self._external:
             notes.append(f"Keeps data in {len(self._external)} more file(s) of the upload.")
         return tuple(notes)

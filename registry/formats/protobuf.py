@@ -53,7 +53,8 @@ class Wire:
         while True:
             if at >= end:
                 raise Fault("a number reaches past its message", cut=end >= self.size)
-            byte = self.read(at, 1)[0]
+            offset = at - self._start
+            byte = self._window[offset] if 0 <= offset < len(self._window) else self.read(at, 1)[0]
             at += 1
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
@@ -91,6 +92,16 @@ class Wire:
                 raise Fault("a field reaches past its message", cut=end >= self.size)
             yield number, wire, at, length
             at += length
+
+    def once(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """The same of a message whose fields are all singular. One that comes twice is a Fault: protobuf would take the
+        last, or merge them."""
+        seen: set[int] = set()
+        for entry in self.fields(start, end):
+            if entry[0] in seen:
+                raise Fault(f"field {entry[0]} comes twice")
+            seen.add(entry[0])
+            yield entry
 
     def text(self, at: int, length: int) -> str:
         if length > _LONGEST_TEXT:

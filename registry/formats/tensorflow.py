@@ -1,18 +1,17 @@
 """TensorFlow SavedModel: a folder with saved_model.pb and variables/. The graph is walked, never loaded.
 
-A graph is a program: operators that reach for files, other machines or Python are refused, as TensorFlow's own
-`saved_model_cli scan` does for some of them. Field numbers: tensorflow/core/protobuf/{saved_model,meta_graph}.proto.
+A graph is a program: what it may do is checked by tensorflow_graph.py. Here is what it takes and what it gives.
+Field numbers: tensorflow/core/protobuf/{saved_model,meta_graph}.proto.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from typing import NoReturn
 
 from registry.errors import UserError
 from registry.formats.keras import plain_name
 from registry.formats.protobuf import Fault, Wire
+from registry.formats.tensorflow_graph import Program
 from registry.formats.upload import Recognised, Upload, invalid, shown, truncated
 from registry.signature import Signature, Tensor
 
@@ -27,20 +26,20 @@ _DTYPES = {
     22: "uint32", 23: "uint64",
 }  # fmt: skip
 
-# what reads or writes files of its choosing, calls Python, or speaks to other machines; tables of an exported model
-# (InitializeTableFromTextFileV2) and its variables (RestoreV2) are read from its own folder
-_REFUSED_OPERATORS = re.compile(
-    r"(Eager)?PyFunc(Stateless)?|PythonFunc|ReadFile|WriteFile|PrintV2|MatchingFiles|ImmutableConst|Debug(Identity|N)\w*|"
-    r"\w*(Reader|Writer|Dataset)(V\d+)?|GenerateVocabRemapping|LoadAndRemapMatrix|(Try)?Rpc(Call|Client|Server)?"
-)
-
 
 def recognise(upload: Upload) -> Recognised | None:
     """The SavedModel in an upload, None if there is no saved_model.pb in it."""
     found = [path for path in upload.sizes if path.rpartition("/")[2] == "saved_model.pb"]
     if not found:
         return None
-    path = min(found, key=lambda place: (place.count("/"), place))
+    if len(found) > 1:
+        raise UserError(
+            "several_models",
+            f"The upload holds several SavedModels: {', '.join(shown(place) for place in sorted(found)[:5])}.",
+            field="file",
+            hint="Upload the folder of one SavedModel.",
+        )
+    path = found[0]
     if upload.sizes[path] == 0:
         truncated(path, "it is empty", _SAVE)
     # SavedModel: field 1 saved_model_schema_version = 1, field 2 the first MetaGraphDef
@@ -53,8 +52,9 @@ def recognise(upload: Upload) -> Recognised | None:
         truncated(path, "its variables/ folder is not whole", _SAVE)
     with upload.open(path) as stream:
         graph = _Graph(Wire(stream, upload.sizes[path]), path)
+        assets = f"{folder}/assets/" if folder else "assets/"
         try:
-            graph.walk()
+            graph.walk(frozenset(name.removeprefix(assets) for name in upload.sizes if name.startswith(assets)))
         except Fault as fault:
             if fault.cut:
                 truncated(path, str(fault), _SAVE)
@@ -76,15 +76,24 @@ class _Graph:
     def __init__(self, wire: Wire, path: str) -> None:
         self._wire, self._path = wire, path
         self._signatures: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        self._graphs = 0
 
-    def walk(self) -> None:
+    def walk(self, assets: frozenset[str]) -> None:
+        program = Program(self._wire, self._path)
+        graphs = 0
         for number, wire, at, length in self._wire.fields(0, self._wire.size):
             if (number, wire) == (2, 2):
-                self._graphs += 1
-                self._meta_graph(at, at + length)
+                graphs += 1
+                if graphs > 1:
+                    raise UserError(
+                        "several_models",
+                        f"{shown(self._path)} holds several MetaGraphs; one is served.",
+                        field="file",
+                        hint=f"Save the one for serving alone, with {_SAVE} or tf.saved_model.save.",
+                    )
+                self._meta_graph(at, at + length, program)
+        program.check(assets)
 
-    def signature(self) -> Signature | None:
+    def signature(self) -> Signature:
         """Of what the service calls: `serving_default`, or the only one."""
         name = "serving_default" if "serving_default" in self._signatures else next(iter(self._signatures), "")
         if name not in self._signatures or (name != "serving_default" and len(self._signatures) > 1):
@@ -96,8 +105,6 @@ class _Graph:
                 hint=f"Save it with {_SAVE}, or name a function: tf.saved_model.save(model, 'folder', "
                 "signatures={'serving_default': …}).",
             )
-        if self._graphs != 1:
-            return None  # which one is loaded depends on their tags
         inputs, outputs = self._signatures[name]
         if len(inputs) == 1:
             inputs = [replace(inputs[0], name=plain_name(inputs[0].name))]
@@ -106,42 +113,25 @@ class _Graph:
             outputs=tuple(sorted(outputs, key=lambda tensor: tensor.name)),
         )
 
-    def _meta_graph(self, start: int, end: int) -> None:
+    def _meta_graph(self, start: int, end: int, program: Program) -> None:
         for number, wire, at, length in self._wire.fields(start, end):
-            if (number, wire) == (2, 2):
-                self._graph(at, at + length)
-            elif (number, wire) == (5, 2):
-                self._named_signature(at, at + length)
+            if wire != 2:
+                continue
+            if number == 2:
+                program.read_graph(at, at + length)
+            elif number == 3:
+                program.read_saver(at, at + length)
+            elif number == 4:
+                program.read_collection(at, at + length)
+            elif number == 5:
+                name = self._named_signature(at, at + length)
+                program.read_signature(name, at, at + length)
+            elif number == 6:
+                program.read_asset(at, at + length)
+            elif number == 7:
+                program.read_objects(at, at + length)
 
-    def _graph(self, start: int, end: int) -> None:
-        for number, wire, at, length in self._wire.fields(start, end):
-            if (number, wire) == (1, 2):
-                self._node(at, at + length)
-            elif (number, wire) == (2, 2):  # the library of functions
-                for inner, inner_wire, place, size in self._wire.fields(at, at + length):
-                    if (inner, inner_wire) == (1, 2):
-                        self._function(place, place + size)
-
-    def _function(self, start: int, end: int) -> None:
-        for number, wire, at, length in self._wire.fields(start, end):
-            if (number, wire) == (3, 2):
-                self._node(at, at + length)
-
-    def _node(self, start: int, end: int) -> None:
-        for number, wire, at, length in self._wire.fields(start, end):
-            if (number, wire) == (2, 2) and _REFUSED_OPERATORS.fullmatch(operator := self._wire.text(at, length)):
-                self._refuse(operator)
-
-    def _refuse(self, operator: str) -> NoReturn:
-        raise UserError(
-            "refused_operator",
-            f"{shown(self._path)} has the operator {operator}, which reaches out of the model.",
-            field="file",
-            hint=f"Save the network alone, without its data pipeline and prints, with {_SAVE}; or pack the model with "
-            "its code: ekiben init --from FILE.",
-        )
-
-    def _named_signature(self, start: int, end: int) -> None:
+    def _named_signature(self, start: int, end: int) -> str:
         name = ""
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
@@ -156,6 +146,7 @@ class _Graph:
             raise Fault("a signature has too many tensors")
         if not name.startswith("__saved_model_"):  # TensorFlow's own: how to initialise and train
             self._signatures[name] = (inputs, outputs)
+        return name
 
     def _tensor(self, start: int, end: int) -> Tensor:
         """An entry of a map: its key, and a TensorInfo."""

@@ -401,6 +401,32 @@ def test_onnx_operators_that_load_code_or_files_are_refused():
     assert refused(model.SerializeToString()).code == "onnx_operator_refused"
 
 
+def test_onnx_operators_of_a_library_that_a_model_cannot_bring_are_refused():
+    model = onnx_model()
+    model.graph.node.append(helper.make_node("Detokenize", [], ["z"], domain="ai.onnx.contrib"))
+    error = refused(model.SerializeToString())
+    assert (error.code, "ai.onnx.contrib" in error.detail) == ("onnx_operator_refused", True)
+    function = helper.make_function("ai.onnx.contrib", "Detokenize", [], ["z"], [], [helper.make_opsetid("", 18)])
+    model.functions.append(function)
+    assert see(model.SerializeToString()).format == "onnx", "a function of its own is walked, not loaded from elsewhere"
+
+
+def test_onnx_that_onnx_runtime_would_read_as_its_own_format_is_refused():
+    """A file named .ort, or with these bytes there, is read as another format, which nothing here looked at."""
+    model = onnx_model()
+    data = model.SerializeToString()
+    assert refused({"model.ort": data}).code == "onnx_operator_refused"
+    model.producer_name = "ORTM"
+    data = model.SerializeToString()
+    assert data[4:8] == b"ORTM"
+    assert refused(data).code == "onnx_operator_refused"
+
+
+def test_onnx_with_a_field_that_is_another_one_for_protobufs_parser_is_refused():
+    data = onnx_model().SerializeToString() + b"\xba\x80\x80\x80\x10\x00"  # 1 << 32 | 7 << 3 | 2
+    assert refused(data).code == "invalid_model"
+
+
 def test_onnx_cut_within_its_graph_is_truncated(made):
     data = made("onnx")
     for size in range(12, len(data) - 20):
@@ -570,6 +596,16 @@ def test_safetensors_cut_or_lying_is_refused(made):
         {"class_name": "__lambda__", "config": {"value": "…"}},
         {"module": "os", "class_name": "system", "config": {}},
         {"module": "keras_evil", "class_name": "Dense", "config": {}},
+        {"module": "keras.utils", "class_name": "get_file", "config": {"origin": "http://127.0.0.1/"}},
+        {"module": "keras.src.utils.file_utils", "class_name": "get_file", "config": {}},
+        {"module": "keras.layers.__init__", "class_name": "Dense", "config": {}},
+        {"module": "builtins", "class_name": "eval", "config": {}},
+        {
+            "module": "keras.layers",
+            "class_name": "StringLookup",
+            "config": {"vocabulary": "/etc/passwd", "invert": True},
+        },
+        {"module": "keras.layers", "class_name": "TextVectorization", "config": {"idf_weights": "/etc/passwd"}},
         {"module": None, "class_name": "Mine", "registered_name": "pkg>Mine", "config": {}},
     ],
 )
@@ -623,7 +659,7 @@ def saved_model(operators: list[str], name: bytes = b"serving_default", inside: 
         shape = b"".join(field(2, field(1, size)) for size in sizes)
         return field(1, key) + field(2, field(1, key + b":0") + field(2, dtype) + field(3, shape))
 
-    nodes = [field(1, b"n") + field(2, each.encode()) for each in operators]
+    nodes = [field(1, b"n%d" % i) + field(2, each.encode()) for i, each in enumerate(operators)]
     graph = b"".join(field(1, node) for node in nodes)
     if inside == "function":
         graph = field(2, field(1, b"".join(field(3, node) for node in nodes)))
@@ -638,7 +674,7 @@ def saved_model(operators: list[str], name: bytes = b"serving_default", inside: 
 
 
 def test_a_savedmodel_says_its_signature():
-    files = saved_model(["MatMul", "RestoreV2", "InitializeTableFromTextFileV2"])
+    files = saved_model(["MatMul", "Relu"])
     found = see(files)
     assert (found.format, found.path) == ("tensorflow-savedmodel", "m/saved_model.pb")
     assert found.signature is not None
