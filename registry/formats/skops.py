@@ -114,6 +114,8 @@ class _Node:
     loader: str
     type: str
     content: Any = field(repr=False)
+    mark: int = 0
+    """A hash of all that it says."""
 
 
 def recognise(stream: BinaryIO, members: list[Entry], path: str) -> Recognised | None:
@@ -187,6 +189,7 @@ class _Checker:
     def __init__(self, path: str, members: dict[str, Entry]) -> None:
         self._path = path
         self._members = members
+        self._marks: dict[int, int] = {}
 
     def node(self, pairs: list[tuple[str, Any]]) -> Any:
         body = dict(pairs)
@@ -214,7 +217,27 @@ class _Checker:
             self._random(content)
         elif loader in ("ReduceNode", "TreeNode", "LossNode"):
             content = None
-        return _Node(loader, full, content)
+        if loader == "ObjectNode" and full.startswith("sklearn.feature_extraction.text."):
+            self._source(content)
+        mark = hash(_frozen(body))
+        number = body.get("__id__")
+        # skops takes the first node of a number for every later one: another would be loaded than is checked
+        if number is not None and (type(number) is not int or self._marks.setdefault(number, mark) != mark):
+            invalid(self._path, "two nodes of its schema.json have one number", _SAVE)
+        return _Node(loader, full, content, mark)
+
+    def _source(self, content: Any) -> None:
+        """A vectorizer takes texts; with another `input` it would open the files that a request names."""
+        attributes = content.content if isinstance(content, _Node) else None
+        source = attributes.get("input") if isinstance(attributes, dict) else None
+        if source is not None and _literal(source) != "content":
+            raise UserError(
+                "skops_reads_files",
+                f"{shown(self._path)} holds a vectorizer with input={shown(repr(_literal(source)))}: it would open "
+                "files that a request names.",
+                field="file",
+                hint="Make the vectorizer with input='content', which takes the texts themselves.",
+            )
 
     def _random(self, content: Any) -> None:
         """numpy finds the bit generator by a plain string in the state, which skops then calls."""
@@ -232,6 +255,17 @@ class _Checker:
             hint="Use scikit-learn's own steps (no lambdas, partial or bound methods, no classes of your own or of "
             "other packages), or pack the model with its code: ekiben init --from FILE.",
         )
+
+
+def _frozen(value: Any) -> Any:
+    """Return what is equal where the JSON is equal: a node that was checked stands for all that it says."""
+    if isinstance(value, _Node):
+        return value.mark
+    if isinstance(value, dict):
+        return tuple(sorted((key, _frozen(inner)) for key, inner in value.items()))
+    if isinstance(value, list):
+        return tuple(_frozen(inner) for inner in value)
+    return repr(value)
 
 
 def _literal(node: Any) -> Any:

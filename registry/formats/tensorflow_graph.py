@@ -144,8 +144,11 @@ class Program:
             if (number, kind) != (2, 2):
                 continue
             for inner, inner_kind, place, size in self._wire.fields(at, at + length):
-                if (inner, inner_kind) == (2, 2):
-                    into.update(self._tensors(place, place + size, 0))
+                if (inner, inner_kind) != (2, 2):
+                    continue
+                for each, each_kind, spot, count in self._wire.fields(place, place + size):
+                    if (each, each_kind) == (2, 2):
+                        into.update(self._tensors(spot, spot + count, 0))
 
     def read_collection(self, start: int, end: int) -> None:
         """Names of nodes in a collection (of what to run at the start, of tables, …), and in definitions of local

@@ -127,3 +127,24 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path, text: str) -> None:
         Model(folder)
     assert raised.value.code == "model_load_failed"
     assert "x.txt" in raised.value.message
+
+
+def test_files_that_the_parameters_name_are_not_opened(tmp_path: Path) -> None:
+    data = RNG.normal(size=(ROWS, 4))
+    booster = _train(data, data[:, 0], objective="regression")
+    booster.save_model(str(tmp_path / "plain.txt"))
+    text = (tmp_path / "plain.txt").read_text()
+    output = tmp_path / "written"
+    for name, value in {
+        "forcedsplits_filename": "/absent/splits", "forcedbins_filename": "/absent/bins", "data": "/absent/data",
+        "machine_list_filename": "/absent/machines", "machines": "127.0.0.1:9", "num_machines": "2",
+        "input_model": "/absent/model", "output_model": str(output), "output_result": str(output),
+    }.items():  # fmt: skip
+        lines = [line for line in text.split("\n") if not line.startswith(f"[{name}:")]
+        text = "\n".join(lines).replace("\nparameters:\n", f"\nparameters:\n[{name}: {value}]\n")
+    assert text.count("/absent/") == 5
+    (tmp_path / "named.txt").write_text(text)
+    files = {"model.txt": tmp_path / "named.txt"}
+    model = Model(write_model(tmp_path / "m", kind="lightgbm", format="lightgbm-text", files=files))
+    assert model.outputs(data.tolist()) == booster.predict(data).tolist()
+    assert not output.exists()

@@ -186,3 +186,13 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path, data: bytes) -> None:
         _model(tmp_path, data)
     assert raised.value.code == "model_load_failed"
     assert "m.onnx" in raised.value.message
+
+
+def test_a_file_is_read_as_onnx_whatever_its_name_says(tmp_path: Path) -> None:
+    """ONNX Runtime would take .ort for its own format, which no upload was checked as."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10, producer_name="ORTM")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    folder = write_model(tmp_path / "m", kind="onnx", format="onnx", files={"m.ort": tmp_path / "m.onnx"})
+    assert Model(folder).outputs([[1, -1]]) == [[1.0, 0.0]]

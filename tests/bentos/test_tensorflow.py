@@ -6,17 +6,21 @@ import asyncio
 import importlib
 import io
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
 from bentos.serving import ModelFolder, Problem, StartError, write_model
 from bentos.serving.networks import tensorflow
 from bentos.tensorflow.model import Model
+from bentos.tensorflow.network import operators
 from registry.errors import UserError
 from registry.formats import Recognised, recognise
+from registry.formats.tensorflow_graph import operators as accepted
 
 tf = tensorflow()
 keras = importlib.import_module("keras")
@@ -235,6 +239,52 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
         Model(folder)
     assert raised.value.code == "model_load_failed"
     assert not hasattr(sys, "ekiben_was_run")
+
+
+def test_an_operator_that_is_not_listed_does_not_start(tmp_path: Path) -> None:
+    """A folder that came another way than by an upload."""
+    module = tf.Module()
+    read = tf.function(lambda x: {"y": tf.io.read_file(x[0])}, input_signature=[tf.TensorSpec([None], tf.string)])
+    module.serve = read
+    folder = _saved(tmp_path, lambda place: tf.saved_model.save(module, place, signatures=module.serve))
+    with pytest.raises(StartError, match="ReadFile") as raised:
+        Model(folder)
+    assert raised.value.code == "model_load_failed"
+
+
+def test_the_list_of_operators_is_that_of_uploads() -> None:
+    assert operators() == accepted()
+
+
+@pytest.mark.parametrize("how", ["a link", "an external data set", "a virtual data set"])
+def test_weights_that_point_to_another_file_are_not_read(tmp_path: Path, how: str) -> None:
+    _keras(tmp_path, _dense())
+    secret = tmp_path / "secret.h5"
+    with h5py.File(secret, "w") as file:
+        file["0"] = np.ones((3, 4), np.float32)
+    with zipfile.ZipFile(tmp_path / "saved.keras") as whole:
+        members = {name: whole.read(name) for name in whole.namelist()}
+    weights = io.BytesIO(members["model.weights.h5"])
+    with h5py.File(weights, "r+") as file:
+        found: list[str] = []
+        file.visititems(lambda name, item: found.append(name) if getattr(item, "shape", None) == (3, 4) else None)
+        del file[found[0]]
+        if how == "a link":
+            file[found[0]] = h5py.ExternalLink(str(secret), "0")
+        elif how == "an external data set":
+            file.create_dataset(found[0], (3, 4), np.float32, external=[(str(secret), 0, 48)])
+        else:
+            layout = h5py.VirtualLayout((3, 4), np.float32)
+            layout[:] = h5py.VirtualSource(str(secret), "0", (3, 4))
+            file.create_virtual_dataset(found[0], layout)
+    members["model.weights.h5"] = weights.getvalue()
+    with zipfile.ZipFile(tmp_path / "changed.keras", "w") as changed:
+        for name, data in members.items():
+            changed.writestr(name, data)
+    files = {"m.keras": tmp_path / "changed.keras"}
+    with pytest.raises(StartError) as raised:
+        Model(write_model(tmp_path / "n", kind="tensorflow", format="keras-v3", files=files))
+    assert raised.value.code == "model_load_failed"
 
 
 def test_a_keras_model_that_mlflow_saved_is_served_as_it_is(tmp_path: Path) -> None:

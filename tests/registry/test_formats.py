@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import GradientBoostingRegressor, HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
@@ -557,6 +558,26 @@ def test_skops_nodes_that_call_what_the_file_names_are_refused(node):
     for place in ("content", "anything"):
         schema = {**NODE, place: node, "protocol": 2}
         assert refused(zip_of({"schema.json": json.dumps(schema)})).code == "skops_untrusted_type"
+
+
+def test_skops_that_opens_files_which_a_request_names_is_refused():
+    def made(source: str) -> bytes:
+        words = CountVectorizer().fit(["a b", "b c"])
+        words.set_params(input=source)
+        return skops.io.dumps(make_pipeline(words, LogisticRegression().fit(np.eye(3)[:2], [0, 1])))
+
+    assert see(made("content")).format == "skops"
+    for source in ("filename", "file"):
+        assert refused(made(source)).code == "skops_reads_files"
+
+
+def test_skops_nodes_of_one_number_say_the_same():
+    """skops takes the first node of a number for all others: what was checked in the second would not be loaded."""
+    schema = json.loads(zipfile.ZipFile(io.BytesIO(skops.io.dumps(CountVectorizer().fit(["a b"])))).read("schema.json"))
+    attributes = schema["content"]["content"]
+    attributes["encoding"] = {**attributes["input"], "content": '"filename"'}  # comes first, and is no input
+    schema["content"]["content"] = dict(sorted(attributes.items()))
+    assert refused(zip_of({"schema.json": json.dumps(schema)})).code == "invalid_model"
 
 
 def test_skops_with_two_answers_to_one_question_is_refused():
