@@ -26,7 +26,7 @@ _MADE_UP = re.compile(r"keras_tensor(_\d+)?|input_layer(_\d+)?|input_\d+|inputs|
 # Modules of Keras whose objects make up a network. Not: utilities, callbacks, data sets, exports, saving, applications.
 _MODULES = re.compile(
     r"keras(\.src)?(\.(layers|models|initializers|regularizers|constraints|activations|ops|dtype_policies|quantizers|random|"
-    r"optimizers|losses|metrics)(\.[a-z0-9_.]+)?)?"
+    r"optimizers|losses|metrics)(\.[a-z][a-z0-9_]*)*)?"
 )
 _PATHS = ("vocabulary", "idf_weights")
 """Settings of layers that hold a list, or the path of a file to read it from."""

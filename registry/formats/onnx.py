@@ -69,7 +69,7 @@ def recognise(upload: Upload, path: str) -> Recognised | None:
         return None
     if head[4:8] == _ORT_MARK or path.lower().endswith(_ORT_SUFFIX):
         raise UserError(
-            "onnx_operator_refused",
+            "onnx_ort_format",
             f"{shown(path)} can be read as ONNX and as ONNX Runtime's own format, which says something else.",
             field="file",
             hint=f"Save the model as ONNX with another producer_name: {_SAVE}.",

@@ -114,8 +114,6 @@ class _Node:
     loader: str
     type: str
     content: Any = field(repr=False)
-    mark: int = 0
-    """A hash of all that it says."""
 
 
 def recognise(stream: BinaryIO, members: list[Entry], path: str) -> Recognised | None:
@@ -189,7 +187,7 @@ class _Checker:
     def __init__(self, path: str, members: dict[str, Entry]) -> None:
         self._path = path
         self._members = members
-        self._marks: dict[int, int] = {}
+        self._numbers: dict[int, tuple[str, str, str | None]] = {}
 
     def node(self, pairs: list[tuple[str, Any]]) -> Any:
         body = dict(pairs)
@@ -217,20 +215,22 @@ class _Checker:
             self._random(content)
         elif loader in ("ReduceNode", "TreeNode", "LossNode"):
             content = None
-        if loader == "ObjectNode" and full.startswith("sklearn.feature_extraction.text."):
+        elif loader == "DictNode":
             self._source(content)
-        mark = hash(_frozen(body))
-        number = body.get("__id__")
+        said = (loader, full, content if loader == "JsonNode" and isinstance(content, str) else None)
         # skops takes the first node of a number for every later one: another would be loaded than is checked
-        if number is not None and (type(number) is not int or self._marks.setdefault(number, mark) != mark):
+        number = body.get("__id__")
+        if number is not None and (type(number) is not int or self._numbers.setdefault(number, said) != said):
             invalid(self._path, "two nodes of its schema.json have one number", _SAVE)
-        return _Node(loader, full, content, mark)
+        return _Node(loader, full, content)
 
     def _source(self, content: Any) -> None:
-        """A vectorizer takes texts; with another `input` it would open the files that a request names."""
-        attributes = content.content if isinstance(content, _Node) else None
-        source = attributes.get("input") if isinstance(attributes, dict) else None
-        if source is not None and _literal(source) != "content":
+        """Vectorizers take texts; with another `input` they would open the files that a request names. Whose
+        attributes a dictionary holds is not asked, as a node may stand for others."""
+        source = content.get("input") if isinstance(content, dict) else None
+        if not isinstance(source, _Node):
+            return
+        if source.loader == "NdArrayNode" or _literal(source) in ("filename", "file"):
             raise UserError(
                 "skops_reads_files",
                 f"{shown(self._path)} holds a vectorizer with input={shown(repr(_literal(source)))}: it would open "
@@ -255,17 +255,6 @@ class _Checker:
             hint="Use scikit-learn's own steps (no lambdas, partial or bound methods, no classes of your own or of "
             "other packages), or pack the model with its code: ekiben init --from FILE.",
         )
-
-
-def _frozen(value: Any) -> Any:
-    """Return what is equal where the JSON is equal: a node that was checked stands for all that it says."""
-    if isinstance(value, _Node):
-        return value.mark
-    if isinstance(value, dict):
-        return tuple(sorted((key, _frozen(inner)) for key, inner in value.items()))
-    if isinstance(value, list):
-        return tuple(_frozen(inner) for inner in value)
-    return repr(value)
 
 
 def _literal(node: Any) -> Any:

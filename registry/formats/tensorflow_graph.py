@@ -575,7 +575,7 @@ class Program:
     def _refuse_file(self, what: str) -> NoReturn:
         raise UserError(
             "saved_model_files",
-            f"{shown(self._path)} {what}.",
+            f"{shown(self._path)} reaches for a file that is not its own: it {what}.",
             field="file",
             hint="Make tables from files with tf.lookup.TextFileInitializer before the model is saved, so that "
             "TensorFlow copies the file into assets/; or from tensors.",
