@@ -207,7 +207,8 @@ class Service:
     def finish(self, taken: intake.Intake, authorized: bool) -> intake.Upload:
         """The upload, whole. On loopback a caller without a token may send data, and nothing that runs as code."""
         try:
-            return taken.finish(self.live_signature, self.settings.allow_code and authorized)
+            may_run = self.settings.allow_code and authorized
+            return taken.finish(self.live_signature, may_run, self.settings.allowed_packages)
         except UserError as error:
             if error.code not in _NEEDS_CODE or not self.settings.allow_code:
                 raise

@@ -27,7 +27,7 @@ from build_service import metrics
 from build_service.imports import Imported
 from build_service.recognition import Examine
 from build_service.threads import Threads
-from registry import archive, digest, formats, signature
+from registry import archive, digest, formats, requirements, signature
 from registry.errors import EkibenError, InfrastructureError, UserError
 from registry.kinds import Kinds
 from registry.manifest import Attachment, File, Manifest, check_name, check_path, collision_key, name_from_filename
@@ -302,7 +302,12 @@ class Intake:
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
-    def finish(self, compatible_with: Callable[[str], signature.Signature | None], allow_code: bool) -> Upload:
+    def finish(
+        self,
+        compatible_with: Callable[[str], signature.Signature | None],
+        allow_code: bool,
+        allowed_packages: tuple[str, ...] = (),
+    ) -> Upload:
         """Recognise, check, and store the manifest. `compatible_with(name)` is the signature of what is live."""
         if not self._files:
             raise UserError(
@@ -326,6 +331,8 @@ class Intake:
                 hint="Upload the model alone, or let the operator set EKIBEN_RUN_CODE=true.",
                 status=403,
             )
+        if kind != PROJECT and not allow_code:
+            self._check_requirements(kind, allowed_packages)
         generic = kind != PROJECT and self._kinds.named(kind).generic
         sample, expected = self._samples(generic)
         if generic and recognised.signature is not None and sample is not None:
@@ -495,12 +502,18 @@ class Intake:
         text = self._texts.get("requirements")
         if text is None or not text.value.strip():
             return None
-        filename = (text.filename or "requirements.txt").rpartition("/")[2]
-        if filename not in ("requirements.txt", "pylock.toml", "uv.lock"):
-            filename = "requirements.txt" if not filename.endswith(".toml") else "pylock.toml"
-        data = bytes(text.value)
+        filename, data = _requirements_name(text.filename), bytes(text.value)
         self._put(f"requirements/{filename}", data)
         return Attachment(len(data), hashlib.sha256(data).hexdigest(), filename)
+
+    def _check_requirements(self, kind: str, allowed: tuple[str, ...]) -> None:
+        """UserError `run_code_not_allowed` where they ask for more than the kind brings; the builder looks again."""
+        text = self._texts.get("requirements")
+        if text is None or not text.value.strip():
+            return
+        lines = requirements.declared(_requirements_name(text.filename), bytes(text.value))
+        lock = (self._kinds.named(kind).dir / "requirements.txt").read_text()
+        requirements.check_permitted(requirements.beyond(lines, lock), kind, allow_code=False, allowed=allowed)
 
     def _put(self, path: str, data: bytes) -> None:
         writer = self._store.writer(f"{self.location}/{path}")
@@ -599,6 +612,13 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{text[:40]} is larger than any number")
     return value
+
+
+def _requirements_name(filename: str | None) -> str:
+    name = (filename or "requirements.txt").rpartition("/")[2]
+    if name in ("requirements.txt", "pylock.toml", "uv.lock"):
+        return name
+    return "pylock.toml" if name.endswith(".toml") else "requirements.txt"
 
 
 def _new_location() -> str:

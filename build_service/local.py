@@ -205,6 +205,7 @@ class LocalPlatform:
             "serving": str(settings.kinds / "serving"),
             "cache": {"environments": str(self._root / "environments"), "bentos": str(self._root / "bentos")},
             "allow_code": order.allow_code,
+            "allowed_packages": list(order.allowed_packages),
             "lock": version.lock,
             "image": order.image,
         }

@@ -34,6 +34,7 @@ class BuildOrder:
     version: Version
     image: dict[str, Any] | None
     allow_code: bool
+    allowed_packages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

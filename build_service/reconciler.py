@@ -111,7 +111,10 @@ class Reconciler:
         with self._database.read() as connection:
             version = versions.by_id(connection, build.version_id)
         log.info("build starts", build=build.id, attempt=build.attempts, model=version.name, version=version.number)
-        self._platform.submit(BuildOrder(build.id, build.attempts, version, build.image, self._settings.allow_code))
+        settings = self._settings
+        self._platform.submit(
+            BuildOrder(build.id, build.attempts, version, build.image, settings.allow_code, settings.allowed_packages)
+        )
 
     def _status(self, build: state.Build) -> BuildStatus | None:
         """How the attempt stands; None where it was submitted only now."""

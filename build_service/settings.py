@@ -23,6 +23,7 @@ from build_service.kubernetes.settings import ClusterSettings
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 
+_PACKAGE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _CLAIM = re.compile(r"[a-z0-9](?:[-a-z0-9.]{0,61}[a-z0-9])?")
 
 
@@ -74,6 +75,11 @@ class Settings(ClusterSettings):
     kinds: Path = Field(default_factory=_installed_kinds, description="Folder of kinds.")
     run_code: bool | None = Field(
         None, description="Accept projects with code of their own; default: only when listening on loopback."
+    )
+    allowed_packages: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Packages that requirements of a model may name although code of users does not run, in any "
+        "version and with what they need themselves, such as torch; names, comma separated.",
     )
     token: str | None = Field(None, description="A first administrator's token; further ones: `ekiben token create`.")
 
@@ -159,10 +165,20 @@ class Settings(ClusterSettings):
     mlflow: bool = Field(True, description="Project versions into MLflow's registry.")
     mlflow_uri: str | None = Field(None, description="MLflow's store; default a SQLite file in the state folder.")
 
-    @field_validator("allowed_hosts", "cors_origins", "pass_headers", "trusted_proxies", mode="before")
+    @field_validator(
+        "allowed_hosts", "allowed_packages", "cors_origins", "pass_headers", "trusted_proxies", mode="before"
+    )
     @classmethod
     def _separated(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("allowed_packages")
+    @classmethod
+    def _packages(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if _PACKAGE.fullmatch(name) is None:
+                raise ValueError(f"allowed packages are names without versions, such as torch, not {name!r}")
+        return value
 
     @field_validator("cors_origins")
     @classmethod

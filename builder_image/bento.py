@@ -69,7 +69,9 @@ class Recipe:
     service: str | None = None
     predict: str = "/predict"
     trusted: bool = True
-    """False for a user's code: no network where that can be had, bounded memory."""
+    """False for a user's code or packages: no network where that can be had, bounded memory."""
+    project: bool = False
+    """The service is the user's: what it says once it is imported is held against its source."""
     own_files: Path | None = None
     """bentos/serving/own_files.py, for a service that reads files of its own at import."""
 
@@ -141,7 +143,7 @@ def _known(cache: Path, recipe: Recipe) -> Bento | None:
 def _predict(recipe: Recipe, schema: Mapping[str, Any]) -> str:
     """The route of predictions: the kind's, or for a project `/predict` where there is one, else its first."""
     routes = [str(route.get("route")) for route in schema.get("routes", []) if isinstance(route, dict)]
-    return recipe.predict if recipe.trusted or recipe.predict in routes or not routes else routes[0]
+    return recipe.predict if not recipe.project or recipe.predict in routes or not routes else routes[0]
 
 
 def ensure(recipe: Recipe, *, environment: Environment, cache: Path, work: Path, tools: Tools) -> Bento:
@@ -164,7 +166,7 @@ def made(recipe: Recipe, answer: Callable[[], Mapping[str, Any]], cache: Path) -
             shelf.mark(known.dir)
             return known
         said = answer()
-        if not recipe.trusted:
+        if recipe.project:
             _compare(recipe, said)
         _write(fresh, recipe, said)
         value = content_digest(tree(fresh))

@@ -16,7 +16,7 @@ from builder_image import environment, installer, lock, model
 from builder_image.installer import Tools
 from builder_image.progress import Progress
 from builder_image.spec import BuildResult, BuildSpec, BuiltBento, BuiltEnvironment
-from registry import digest
+from registry import digest, requirements
 from registry.errors import InfrastructureError
 
 IDENTITY_FORMAT = 1
@@ -134,10 +134,12 @@ def _recipe_of_kind(spec: BuildSpec, found: model.Model, tools: Tools) -> bentos
     shared = [name for name in kind.get("packages", []) if isinstance(name, str)]
     packages = bentos.packages(shared, spec.serving)
     files = bentos.sources(spec.kind.dir)
+    resolved, trusted = _lock_of_kind(spec, found, python, tools)
     return bentos.Recipe(
         name=spec.kind.name,
         files=files,
-        lock=_lock_of_kind(spec, found, python, tools),
+        lock=resolved,
+        trusted=trusted,
         python=python,
         content=bentos.content_digest({**files, **packages}),
         packages=packages,
@@ -146,24 +148,42 @@ def _recipe_of_kind(spec: BuildSpec, found: model.Model, tools: Tools) -> bentos
     )
 
 
-def _lock_of_kind(spec: BuildSpec, found: model.Model, python: str, tools: Tools) -> lock.Lock:
-    if spec.lock is not None:
-        return lock.parse(spec.lock)
-    committed, wanted = spec.kind.dir / "requirements.txt", spec.kind.dir / "requirements.in"
-    extra = (
-        lock.user_requirements(found.requirements, work=spec.work, tools=tools)
-        if found.requirements is not None
-        else ()
+def _lock_of_kind(spec: BuildSpec, found: model.Model, python: str, tools: Tools) -> tuple[lock.Lock, bool]:
+    """The lock, and whether the kind's author chose all of it.
+
+    Requirements that the kind's own lock satisfies change nothing. Others are code of the user's: UserError
+    `run_code_not_allowed` where neither code nor these packages are allowed.
+    """
+    committed = _committed(spec, "requirements.txt")
+    if found.requirements is None:
+        return lock.parse(committed if spec.lock is None else spec.lock), True
+    extra: tuple[str, ...] = ()
+    if spec.lock is None:
+        extra = lock.user_requirements(found.requirements, work=spec.work, tools=tools)
+        more = requirements.beyond(extra, committed)
+    else:  # resolved when the version was first built: the kind may have moved on, the packages are of its choice still
+        known = requirements.pins_of(committed)
+        more = {name: name for name in requirements.pins_of(spec.lock) if name not in known}
+    requirements.check_permitted(
+        more, spec.kind.name, allow_code=spec.allow_code, allowed=frozenset(spec.allowed_packages)
     )
+    if spec.lock is not None:
+        kept = lock.parse(spec.lock)
+        return kept, kept == lock.parse(committed)
+    if not more:
+        return lock.parse(committed), True
+    own = requirements.lines_of("requirements.in", _committed(spec, "requirements.in").encode())
+    resolved = lock.resolve([*own, *extra], python=python, work=spec.work, tools=tools, known=spec.cache.locks)
+    return resolved, False
+
+
+def _committed(spec: BuildSpec, name: str) -> str:
     try:
-        if not extra:
-            return lock.parse(committed.read_text())
-        own = lock.requirements_of(wanted)
+        return (spec.kind.dir / name).read_text()
     except FileNotFoundError as error:
         raise InfrastructureError(
-            "bad_kind", f"the kind {spec.kind.name} has no {Path(str(error.filename)).name}", hint="run `make lock`"
+            "bad_kind", f"the kind {spec.kind.name} has no {name}", hint="run `make lock`"
         ) from error
-    return lock.resolve([*own, *extra], python=python, work=spec.work, tools=tools, known=spec.cache.locks)
 
 
 def _kind_toml(folder: Path) -> dict[str, Any]:

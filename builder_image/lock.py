@@ -10,19 +10,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from builder_image.installer import Tools
 from registry import digest
+from registry import requirements as asked_for
 from registry.errors import InfrastructureError, UserError
-
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement  # a lock that is parsed fast needs no packaging
+from registry.requirements import HASH, canonicalize_name, logical_lines, requirement_lines, requirement_of
 
 _FORMAT = 1
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
@@ -31,8 +28,6 @@ _PLAIN_PIN = re.compile(
     r"(sys_platform|platform_machine|platform_system|os_name|implementation_name|python_full_version)"
     r" (==|!=|<|>=) (['\"])([A-Za-z0-9._]+)\5)?"
 )
-_HASH = re.compile(r"\s--hash[= ](\S+)")
-_COMMENT = re.compile(r"(^|\s)#.*$")
 _NETWORK = ("failed to fetch", "error sending request", "connection", "timed out", "dns error", "status code 5")
 _NO_WHEEL = re.compile(r"(?:Wheels are required for `([^`]+)`)|(\S+) has no (?:usable )?wheels|has no wheels with")
 
@@ -75,14 +70,14 @@ def parse(text: str) -> Lock:
     """Read a lock, as uv or pip-compile write it. Every line must be pinned and carry a hash."""
     pins = []
     for line in logical_lines(text):  # most are plain, and parsing them in full takes longer than all the rest
-        hashes = tuple(sorted(_HASH.findall(" " + line)))
-        text = _HASH.sub("", " " + line).strip()
+        hashes = tuple(sorted(HASH.findall(" " + line)))
+        text = HASH.sub("", " " + line).strip()
         plain = _PLAIN_PIN.fullmatch(text)
         if plain is not None and hashes:
             marker = f'; {plain[3]} {plain[4]} "{plain[6]}"' if plain[3] else ""
             pins.append(Pin(plain[1], f"{plain[1]}=={plain[2]}{marker}", hashes))
             continue
-        requirement = _requirement(text)
+        requirement = requirement_of(text)
         if "==" not in str(requirement.specifier) or not hashes:
             raise UserError(
                 "bad_requirements",
@@ -97,18 +92,9 @@ def parse(text: str) -> Lock:
 def requirements_of(path: Path) -> tuple[str, ...]:
     """The requirement lines of a user's requirements.txt, pylock.toml or pyproject.toml, hashes kept where given.
 
-    Options, URLs, paths and editable installs raise `bad_requirements`: where packages come from is decided by whoever
-    runs the builder, and a build must be repeatable.
+    Raises `bad_requirements` as registry.requirements does.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError("bad_requirements", f"{path.name} is not UTF-8 text: {error}", field="requirements") from error
-    if path.name.startswith("pylock.") and path.suffix == ".toml":
-        return _from_pylock(_toml(text, path.name), path.name)
-    if path.suffix == ".toml":
-        return requirement_lines(_toml(text, path.name).get("project", {}).get("dependencies", []), path.name)
-    return requirement_lines(logical_lines(text), path.name)
+    return asked_for.lines_of(path.name, path.read_bytes())
 
 
 def user_requirements(path: Path, *, work: Path, tools: Tools) -> tuple[str, ...]:
@@ -116,39 +102,6 @@ def user_requirements(path: Path, *, work: Path, tools: Tools) -> tuple[str, ...
     if path.name == "uv.lock":
         return export_uv_lock(path, work=work, tools=tools)
     return requirements_of(path)
-
-
-def requirement_lines(lines: Iterable[str], source: str) -> tuple[str, ...]:
-    """Check requirement lines and write them in one form; `source` is named in errors."""
-    checked = []
-    for line in lines:
-        if line.startswith("-"):
-            option = line.split()[0].split("=")[0]
-            raise UserError(
-                "bad_requirements",
-                f"{source} has the option {option}, which is not accepted",
-                field="requirements",
-                hint=_OPTION_HINTS.get(option, "keep to lines such as `pandas>=2.2`"),
-            )
-        requirement = _requirement(_HASH.sub("", " " + line).strip(), source)
-        if requirement.url is not None:
-            raise UserError(
-                "bad_requirements",
-                f"{source} takes {requirement.name} from a URL, a path or a repository",
-                field="requirements",
-                hint="put its wheel into the folder wheels/ of your project, and require it by name",
-            )
-        hashes = sorted(_HASH.findall(" " + line))
-        checked.append(" ".join([str(requirement), *(f"--hash={value}" for value in hashes)]))
-    return tuple(checked)
-
-
-_INDEX_HINT = "set the package index where Ekiben runs (UV_DEFAULT_INDEX, UV_INDEX), not in the requirements"
-_OPTION_HINTS = {
-    **dict.fromkeys(("--index-url", "-i", "--extra-index-url", "--find-links", "-f", "--trusted-host"), _INDEX_HINT),
-    **dict.fromkeys(("-e", "--editable"), "put its wheel into the folder wheels/ of your project instead"),
-    **dict.fromkeys(("-r", "--requirement", "-c", "--constraint"), "write all requirements into one file"),
-}
 
 
 def resolve(
@@ -192,7 +145,7 @@ def _resolve(
     wheels: Path | None,
 ) -> Lock:
     source, constraints, output = work / "requirements.in", work / "constraints.txt", work / "requirements.lock"
-    source.write_text("".join(_HASH.sub("", " " + line).strip() + "\n" for line in requirements))
+    source.write_text("".join(HASH.sub("", " " + line).strip() + "\n" for line in requirements))
     constraints.write_text("".join(f"{name}=={wheel.version}\n" for name, wheel in own.items()))
     output.unlink(missing_ok=True)
     argv = tools.uv.argv(
@@ -242,8 +195,8 @@ def own_wheels(folder: Path) -> dict[str, OwnWheel]:
 def _given_hashes(requirements: Iterable[str]) -> dict[str, set[str]]:
     given: dict[str, set[str]] = {}
     for line in requirements:
-        if hashes := _HASH.findall(" " + line):
-            name = canonicalize_name(_requirement(_HASH.sub("", " " + line).strip()).name)
+        if hashes := HASH.findall(" " + line):
+            name = canonicalize_name(requirement_of(HASH.sub("", " " + line).strip()).name)
             given.setdefault(name, set()).update(hashes)
     return given
 
@@ -297,72 +250,12 @@ def _explain(output: str, python: str) -> UserError | InfrastructureError:
     return UserError("bad_requirements", text or "uv could not read the requirements", field="requirements")
 
 
-def logical_lines(text: str) -> list[str]:
-    """Lines of a requirements file: continued lines joined, comments and blank lines gone."""
-    lines, current = [], ""
-    for raw in text.splitlines():
-        line = _COMMENT.sub("", raw).rstrip()
-        if line.endswith("\\"):
-            current += line[:-1] + " "
-            continue
-        current += line
-        if current.strip():
-            lines.append(current.strip())
-        current = ""
-    if current.strip():
-        lines.append(current.strip())
-    return lines
-
-
-def canonicalize_name(name: str) -> str:
-    """As the index compares names."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _requirement(text: str, source: str = "the requirements") -> Requirement:
-    from packaging.requirements import InvalidRequirement, Requirement
-
-    try:
-        return Requirement(text)
-    except InvalidRequirement as error:
-        hint = "one requirement a line, such as `pandas>=2.2`"
-        if re.match(r"(git\+|https?:|file:|\.{0,2}/|[A-Za-z]:\\)", text) or text.endswith((".whl", ".tar.gz")):
-            hint = "put its wheel into the folder wheels/ of your project, and require it by name"
-        raise UserError(
-            "bad_requirements",
-            f"{source}: {text[:120]!r} is not a requirement",
-            field="requirements",
-            hint=hint,
-        ) from error
-
-
-def _toml(text: str, name: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError("bad_requirements", f"{name} is not TOML: {error}", field="requirements") from error
-
-
-def _from_pylock(data: Mapping[str, Any], source: str) -> tuple[str, ...]:
-    """PEP 751. Packages without a wheel from an index are refused, as in requirements.txt."""
-    lines = []
-    for package in data.get("packages", []):
-        name = str(package.get("name", "?"))
-        if not package.get("wheels") or not package.get("version"):
-            raise _not_from_index(source, name)
-        hashes = [
-            f"sha256:{item['hashes']['sha256']}" for item in package["wheels"] if "sha256" in item.get("hashes", {})
-        ]
-        lines.append(_pinned(name, str(package["version"]), package.get("marker"), hashes))
-    return requirement_lines(lines, source)
-
-
 def export_uv_lock(path: Path, *, work: Path, tools: Tools) -> tuple[str, ...]:
     """What the project of a uv.lock itself needs, as requirement lines with hashes: extras and development groups out.
 
     uv reads a lock only beside a pyproject.toml; a bare one is written, so that nothing of the user's is evaluated.
     """
-    packages = _toml(path.read_text(encoding="utf-8-sig"), path.name).get("package", [])
+    packages = asked_for.toml(path.name, path.read_bytes()).get("package", [])
     roots = [package for package in packages if {"virtual", "editable"} & set(package.get("source", {}))]
     if len(roots) != 1 or _NAME.fullmatch(str(roots[0].get("name"))) is None:
         raise UserError(
@@ -387,17 +280,3 @@ def export_uv_lock(path: Path, *, work: Path, tools: Tools) -> tuple[str, ...]:
     if done.code != 0:
         raise UserError("bad_requirements", f"{path.name} could not be read: {done.output}", field="requirements")
     return requirement_lines(logical_lines(output.read_text()), path.name)
-
-
-def _pinned(name: str, version: str, marker: str | None, hashes: Sequence[str]) -> str:
-    condition = f" ; {marker}" if marker else ""
-    return " ".join([f"{name}=={version}{condition}", *(f"--hash={value}" for value in hashes)])
-
-
-def _not_from_index(source: str, name: str) -> UserError:
-    return UserError(
-        "bad_requirements",
-        f"{source} takes {name} from somewhere else than a package index, or has no wheel of it",
-        field="requirements",
-        hint="put its wheel into the folder wheels/ of your project, and require it by name",
-    )

@@ -90,6 +90,7 @@ def recipe(spec: BuildSpec, found: model.Model, tools: Tools) -> bento.Recipe:
         wheels=wheels,
         service=wishes.service,
         trusted=False,
+        project=True,
         own_files=spec.serving / "own_files.py",
     )
 

@@ -84,6 +84,8 @@ class BuildSpec:
     serving: Path
     cache: Cache
     allow_code: bool = False
+    allowed_packages: tuple[str, ...] = ()
+    """Names of packages that a kind's version may require without `allow_code`."""
     lock: str | None = None
     image: ImageOrder | None = None
 
@@ -184,6 +186,10 @@ def _value(kind: Any, value: object, at: str) -> object:
         if value not in get_args(kind):
             raise BadSpec(f"{at} is {value!r}, but must be {' or '.join(map(repr, get_args(kind)))}")
         return value
+    if get_origin(kind) is tuple:  # tuple[X, ...]
+        if not isinstance(value, list):
+            raise BadSpec(f"{at} must be a list")
+        return tuple(_value(get_args(kind)[0], each, f"{at}[{i}]") for i, each in enumerate(value))
     if isinstance(kind, type) and is_dataclass(kind):
         return _read(kind, value, at)
     if not isinstance(value, str if kind is Path else kind):

@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # what a step needs it imports itself: most builds have nothi
 _LARGEST_SPEC, _LARGEST_MANIFEST = 64 << 20, 64 << 20
 _AT_ONCE = 4
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
+_POD_FIELDS = frozenset(
+    ("schema", "allow_code", "allowed_packages", "lock", "image")
+)  # of a spec, besides model and kind
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def _order(data: bytes, env: Mapping[str, str]) -> tuple[dict[str, Any], Mapping
     try:
         spec = json.loads(data)
         model, kind, image = spec.pop("model"), spec.pop("kind"), spec["image"]
-        if set(spec) - {"schema", "allow_code", "lock", "image"} or set(model) != {"digest", "files"}:
+        if set(spec) - _POD_FIELDS or set(model) != {"digest", "files"}:
             raise ValueError("it has fields that no pod's spec has")
         if set(kind) != {"name"} or not _NAME.fullmatch(kind["name"]):
             raise ValueError("kind must be an object with a name")

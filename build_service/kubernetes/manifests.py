@@ -247,6 +247,7 @@ def build_spec(order: BuildOrder, presigned: Mapping[str, str]) -> Object:
         },
         "kind": {"name": order.version.kind},
         "allow_code": order.allow_code,
+        "allowed_packages": list(order.allowed_packages),
         "lock": order.version.lock,
         "image": {key: value for key, value in order.image.items() if key != "output"},
     }

@@ -376,6 +376,18 @@ def test_a_project_is_refused_where_code_may_not_run(home: Home) -> None:
     nothing_left(home)
 
 
+def test_packages_are_refused_where_code_may_not_run(home: Home, model: Model) -> None:
+    home.start(run_code="false", allowed_packages="torch")
+    for filename, text in (("requirements.txt", "evil\n"), ("requirements.txt", "lightgbm==3.3.5\n")):
+        with home.http() as client:
+            files = {"file": ("m.txt", model(1)), "requirements": (filename, text)}
+            answer = client.post("/models", files=files)
+        assert (answer.status_code, answer.json()["code"]) == (403, "run_code_not_allowed")
+        assert answer.json()["field"] == "requirements"
+    nothing_left(home)
+    assert home.upload(model(1), requirements="lightgbm>=4\n", deploy="false", wait=0)["version"] == 1
+
+
 # --- who may come in ---------------------------------------------------------------------------------------------
 
 

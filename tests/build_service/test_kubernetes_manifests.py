@@ -158,7 +158,7 @@ def test_the_spec_names_every_file_of_the_version_and_no_path_of_the_service() -
     assert paths == ["manifest.json", "files/churn.txt", "sample.json", "requirements/requirements.txt"]
     spec = manifests.build_spec(build_order(), {path: f"https://store/{path}" for path in paths})
     assert {file["path"] for file in spec["model"]["files"]} == set(paths)
-    assert set(spec) == {"schema", "model", "kind", "allow_code", "lock", "image"}
+    assert set(spec) == {"schema", "model", "kind", "allow_code", "allowed_packages", "lock", "image"}
     assert "output" not in spec["image"]
 
 

@@ -42,7 +42,7 @@ def recipe(folder: Path, trusted: bool = True, **files: str) -> bento.Recipe:
     sources = {name: folder / name for name in written}
     return bento.Recipe(
         name="twice", files=sources, lock=LOCK, python="3.11", content=bento.content_digest(sources),
-        service="service:Twice", trusted=trusted,
+        service="service:Twice", trusted=trusted, project=not trusted,
     )  # fmt: skip
 
 

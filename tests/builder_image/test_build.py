@@ -14,10 +14,16 @@ from typing import Any
 
 import pytest
 
+from builder_image import bento
+from builder_image.build import recipe_of
+from builder_image.installer import Tools
+from builder_image.lock import parse
+from builder_image.model import read
 from builder_image.spec import BuildSpec
 
 REPOSITORY = Path(__file__).parents[2]
 KIND_TOML = 'name = "tiny"\nservice = "service:Tiny"\npackages = ["bentos.serving"]\npredict = "/predict"\n'
+PYLOCK = "[[packages]]\nname = 'six'\nversion = '1.17.0'\nwheels = [{name = 'six.whl'}]\n"
 KIND_SERVICE = """
 import bentoml
 
@@ -122,6 +128,43 @@ def test_a_users_code_is_refused_without_the_permission(
     code, _, result = run(spec(tmp_path, model, kind))
     assert (code, result["error"]["code"]) == (2, "run_code_not_allowed")
     assert result["error"]["hint"]
+
+
+@pytest.mark.parametrize(
+    "asked", [("requirements.txt", "six\n"), ("requirements.txt", "bentoml==1.4.1\n"), ("pylock.toml", PYLOCK)]
+)
+def test_packages_beyond_the_kinds_lock_are_code_of_the_users(
+    tmp_path: Path, kind: Path, make_version: Callable[..., Path], asked: tuple[str, str]
+) -> None:
+    model = make_version(tmp_path / "m", {"w.txt": "1"}, kind="tiny", format="plain", requirements=asked)
+    code, _, result = run(spec(tmp_path, model, kind))
+    assert (code, result["error"]["code"]) == (2, "run_code_not_allowed")
+    # also in a lock that an earlier build left
+    lock = (kind / "requirements.txt").read_text() + f"six==1.17.0 --hash=sha256:{'ab' * 32}\n"
+    code, _, result = run(spec(tmp_path, model, kind, lock=lock))
+    assert (code, result["error"]["code"]) == (2, "run_code_not_allowed")
+    assert "six" in result["error"]["message"]
+
+
+def test_what_the_kinds_lock_satisfies_is_the_kind_itself(
+    tmp_path: Path, kind: Path, make_version: Callable[..., Path], tools: Tools
+) -> None:
+    """Nothing is resolved, so nothing newer comes in, and its code is as trusted as the kind's."""
+    committed = parse((kind / "requirements.txt").read_text())
+
+    def made(number: int, requirements: str | None, **more: Any) -> bento.Recipe:
+        asked = None if requirements is None else ("requirements.txt", requirements)
+        model = make_version(tmp_path / f"m{number}", {"w.txt": "1"}, kind="tiny", format="plain", requirements=asked)
+        order = BuildSpec.parse(spec(tmp_path, model, kind, **more).read_bytes())
+        order.work.mkdir(parents=True, exist_ok=True)
+        return recipe_of(order, read(model, files=True), tools)
+
+    alone, within = made(1, None), made(2, "bentoml>=1.4\n")
+    assert (within.lock, within.trusted, within.version) == (committed, True, alone.version)
+    more = committed.text + f"six==1.17.0 --hash=sha256:{'ab' * 32}\n"
+    allowed = made(3, "six\n", lock=more, allowed_packages=["Six"])
+    assert (allowed.trusted, allowed.lock.version("six")) == (False, "1.17.0")
+    assert made(4, None, lock=committed.text).trusted
 
 
 def test_a_users_bad_requirement_is_the_users_error_with_a_hint(
