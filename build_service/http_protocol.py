@@ -6,6 +6,7 @@ uvicorn's protocol classes are an interface of its own, so what is used of them 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any, cast
 
@@ -18,11 +19,25 @@ TARGET = "ekiben.target"
 
 
 class Protocol(HttpToolsProtocol):
+    head_seconds = 30.0
+    """Time in which the head of a request has to come; uvicorn itself would wait for ever."""
+
     _in_body = False
+    _head_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_came()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_body = False
+        if self._head_due is None:
+            self._await_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # uvicorn would append the trailers of a body in chunks to the headers, which nothing has checked by then.
@@ -31,8 +46,24 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_body = True
+        self._head_came()
         cast(dict[str, Any], self.scope)[TARGET] = self.url
         super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        self._head_due = self.loop.call_later(self.head_seconds, self._give_up)
+
+    def _head_came(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
+
+    def _give_up(self) -> None:
+        # While an answer is under way, it is this side that does not read on.
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._await_head()
+        else:
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         error = UserError(

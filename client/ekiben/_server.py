@@ -90,7 +90,7 @@ def start(
     check_port(host, port)
     home = _config.home(environment)
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)  # models, logs and the token are its user's
         log = home / "server.log"
         stream = log.open("ab")
     except OSError as error:

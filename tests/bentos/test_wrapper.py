@@ -434,7 +434,11 @@ def test_credentials_of_a_caller_do_not_reach_the_model(starting: Any, project: 
 
 def test_a_request_with_two_hosts_is_refused(starting: Any, project: Path) -> None:
     served = starting({"EKIBEN_BENTO": str(project)}).ready()
-    _problem(served.client.get("/health", headers=[("Host", "a"), ("Host", "b")]), 400, "malformed_request")
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:  # httpx does not send two
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n")
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["code"] == "malformed_request"
 
 
 def test_chosen_credentials_are_passed_on(starting: Any, project: Path) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
+
+from build_service.http_protocol import Protocol
 
 Home = Any  # tests/build_service/conftest.py, which tests cannot import
 
@@ -120,6 +124,25 @@ def test_a_request_that_can_be_read_in_two_ways_is_refused(server: Home, case: s
 def test_a_plain_request_is_answered(server: Home, case: str) -> None:
     request, status = ANSWERED[case]
     assert answer(server, request)[0] == status
+
+
+@pytest.mark.parametrize("begun", ["", GET, GET + HOST + "X-A: 1"])
+def test_a_client_that_does_not_send_the_head_of_a_request_is_let_go(
+    begun: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr(Protocol, "head_seconds", 0.01)
+    running = uvicorn.Server(uvicorn.Config(application, http=Protocol, lifespan="off", log_config=None))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=running.run, args=([listening],))
+        thread.start()
+        with socket.create_connection(listening.getsockname(), timeout=60) as connection:
+            connection.sendall(begun.encode())
+            assert connection.recv(100) == b""
+        running.should_exit = True
+        thread.join()
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])

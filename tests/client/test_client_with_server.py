@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -82,6 +83,11 @@ def test_a_row_that_does_not_fit_is_an_exception_with_its_field(deployed: ekiben
     assert caught.value.field == "inputs[0].plan"
     assert caught.value.hint
     assert caught.value.status == 422 or caught.value.status == 400
+
+
+def test_the_state_folder_and_its_token_are_their_users_alone(server: Running) -> None:
+    home = Path(server.environment["EKIBEN_HOME"])
+    assert [stat.S_IMODE((home / name).stat().st_mode) for name in ("", "token", "sockets")] == [0o700, 0o600, 0o700]
 
 
 def test_the_same_model_again_is_the_version_that_is_there(
