@@ -29,6 +29,7 @@ from build_service import (
     uploads,
     views,
 )  # fmt: skip
+from build_service.admission import Admission, caller_of
 from build_service.platform import Platform
 from build_service.reconciler import Reconciler
 from build_service.settings import Settings
@@ -47,7 +48,7 @@ _LOG_POLL = 0.2
 _LONGEST_WAIT = 3600.0
 _NEEDS_CODE = frozenset(("run_code_not_allowed",))  # codes of uploads that are refused where code may not run
 _TOKEN = "A token of this service. On loopback reading, uploads of data and inference need none."
-_UPLOADING = 4  # uploads that are hashed, stored or registered at the same moment
+_UPLOADING = 4  # uploads that are hashed and stored at the same moment
 
 
 def _problem(status: int, description: str) -> dict[int | str, dict[str, Any]]:
@@ -127,9 +128,14 @@ class Service:
         self._forget, self._examine = forget, examine
         self._importer = imports.Importer(settings)
         self._limits = intake.Limits(
-            settings.max_upload, settings.max_files, settings.max_field, settings.min_free_disk, settings.root
-        )
-        self.uploading = Threads(_UPLOADING)
+            settings.max_upload, settings.max_files, settings.max_field, settings.min_free_disk, settings.root,
+            settings.max_form_parts,
+        )  # fmt: skip
+        self.pace = intake.Pace(settings.upload_idle_seconds, settings.min_upload_rate)
+        at_once = settings.recognitions_at_once
+        self.uploading, self.examining = Threads(_UPLOADING), Threads(at_once)
+        self.uploads_of = Admission(settings.max_uploads, settings.max_caller_uploads)
+        self.examinations_of = Admission(at_once, max(1, at_once // 2))
         self.waiting = 0  # requests that are held until a version is settled
         self.uploads = uploads.Uploads(store, database, self._limits, local=settings.s3_endpoint is None)
 
@@ -144,6 +150,24 @@ class Service:
 
     def new_intake(self) -> intake.Intake:
         return intake.Intake(self.store, self.kinds, self._limits, self._examine)
+
+    @property
+    def limits(self) -> intake.Limits:
+        return self._limits
+
+    async def registered(self, taken: intake.Intake, request: Request, caller: str) -> tuple[shapes.VersionView, bool]:
+        """The version that a received upload became, and whether it is new."""
+        authorized = bool(request.scope.get(guard.AUTHORIZED))
+        if (in_parts := taken.upload_id()) is not None:
+            async with self.examinations_of.admitted(caller):
+                return await self.examining.run(self.register_parts, taken, in_parts, authorized)
+        async with self.fetched(taken, request):
+            complete = await _while_waited_for(request, self._examined(taken, caller, authorized), taken.cancel)
+        return await self.examining.run(self.register, complete, taken.keep)
+
+    async def _examined(self, taken: intake.Intake, caller: str, authorized: bool) -> intake.Upload:
+        async with self.examinations_of.admitted(caller):
+            return await self.examining.run(self.finish, taken, authorized)
 
     @asynccontextmanager
     async def fetched(self, taken: intake.Intake, request: Request) -> AsyncIterator[None]:
@@ -273,7 +297,7 @@ def router(service: Service) -> APIRouter:
     api = APIRouter(responses=_ERRORS, dependencies=[Depends(HTTPBearer(auto_error=False, description=_TOKEN))])
     database = service.database
 
-    api.include_router(uploads.router(service.uploads, service.uploading, service.settings.upload_idle_seconds))
+    api.include_router(uploads.router(service.uploads, service.uploading, service.pace))
 
     # --- models -----------------------------------------------------------------------------------------------------
 
@@ -323,33 +347,27 @@ def router(service: Service) -> APIRouter:
     ) -> shapes.VersionView:
         """Upload a model: multipart form, or a raw body with ?name=&filename=; or name one of MLflow's in place of a
         file. Answers before it is built, unless ?wait= is given."""
-        taken, uploading = service.new_intake(), service.uploading
-        authorized = bool(request.scope.get(guard.AUTHORIZED))
-        declared = request.headers.get("content-length", "")
-        try:
-            await intake.receive(
-                taken,
-                request.stream(),
-                request.headers.get("content-type", ""),
-                dict(request.query_params),
-                int(declared) if declared.isdigit() else None,
-                service.settings.max_upload,
-                service.settings.upload_idle_seconds,
-                uploading,
-            )
-            if (in_parts := taken.upload_id()) is not None:
-                view, new = await uploading.run(service.register_parts, taken, in_parts, authorized)
-            else:
-                async with service.fetched(taken, request):
-                    complete = await _while_waited_for(
-                        request, uploading.run(service.finish, taken, authorized), taken.cancel
-                    )
-                view, new = await uploading.run(service.register, complete, taken.keep)
-        except BaseException as error:
-            # A cancelled request or a client that went away too: nothing of it stays.
-            await asyncio.shield(uploading.run(taken.discard))
-            metrics.UPLOADS.labels("refused" if isinstance(error, EkibenError) else "cut").inc()
-            raise
+        caller = caller_of(request.scope)
+        async with service.uploads_of.admitted(caller, service.settings.upload_idle_seconds):
+            taken = service.new_intake()
+            try:
+                declared = request.headers.get("content-length", "")
+                await intake.receive(
+                    taken,
+                    request.stream(),
+                    request.headers.get("content-type", ""),
+                    dict(request.query_params),
+                    int(declared) if declared.isdigit() else None,
+                    service.limits,
+                    service.pace,
+                    service.uploading,
+                )
+                view, new = await service.registered(taken, request, caller)
+            except BaseException as error:
+                # A cancelled request or a client that went away too: nothing of it stays.
+                await asyncio.shield(service.uploading.run(taken.discard))
+                metrics.UPLOADS.labels("refused" if isinstance(error, EkibenError) else "cut").inc()
+                raise
         response.status_code = 201 if new else 200
         if wait:
             view = await _settled(service, request, view, wait, deployed=taken.deploys)

@@ -36,6 +36,7 @@ from build_service import (
     tokens,
     views,
 )  # fmt: skip
+from build_service.bodies import SmallBodies
 from build_service.headers import Rules
 from build_service.local import LocalPlatform
 from build_service.platform import InUse, Platform
@@ -170,12 +171,14 @@ def create_app(
     app.include_router(api.router(service))
     _system_routes(app, database, root, leaving or threading.Event())
 
+    small = SmallBodies(app, settings.upload_idle_seconds)
+
     async def dispatch(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         path = scope.get("path", "")
         if scope["type"] == "http" and (path == PREFIX or path.startswith(PREFIX + "/")):
             await inference(scope, receive, send)
         else:
-            await app(scope, receive, send)
+            await small(scope, receive, send)
 
     hosts = set(settings.allowed_hosts)
     hosts.add(urlsplit(links.base).hostname or "")

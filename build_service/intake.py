@@ -39,6 +39,7 @@ _CHUNK = 1024 * 1024
 _PIECE = 128 * 1024  # bytes below which parts of a form are not written one by one
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
 _LONGEST_PART_HEADERS = 16 * 1024
+_LONGEST_HEADERS = 1024 * 1024  # of all parts together: they are read byte by byte
 _MOST_LABELS = 64
 _LONGEST_FIELDS = 4 * 1024 * 1024  # of a form that is no multipart: the sample is its largest
 _PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -62,6 +63,7 @@ class Limits:
     field: int
     min_free_disk: int
     folder: Path
+    parts: int = 1000  # of a form
 
     def check_disk(self, coming: int) -> None:
         """InfrastructureError unless the disk has room for so many bytes."""
@@ -673,8 +675,10 @@ class _Members:
 class _Form:
     """Callbacks of the multipart parser, which feed an Intake."""
 
-    def __init__(self, intake: Intake, boundary: bytes) -> None:
-        self._intake = intake
+    def __init__(self, intake: Intake, boundary: bytes, most_parts: int) -> None:
+        self._intake, self._most_parts = intake, most_parts
+        self._mark = b"\r\n--" + boundary
+        self._parts = self._all_headers = 0
         self._header: bytes = b""
         self._value: bytes = b""
         self._disposition: bytes = b""
@@ -697,6 +701,16 @@ class _Form:
         )
 
     def write(self, data: bytes) -> None:
+        # Counted before they are parsed: each part costs a file that is synced, however small it is.
+        self._parts += data.count(self._mark)
+        if self._parts > self._most_parts:
+            raise UserError(
+                "too_many_form_parts",
+                f"The form has more than {self._most_parts} parts.",
+                field="file",
+                hint="Pack the files into one archive: tar -cf model.tar FOLDER; or raise EKIBEN_MAX_FORM_PARTS.",
+                status=413,
+            )
         try:
             self._parser.write(data)
         except FormParserError as error:
@@ -717,7 +731,8 @@ class _Form:
 
     def _bound_headers(self, more: int) -> None:
         self._headers_length += more
-        if self._headers_length > _LONGEST_PART_HEADERS:
+        self._all_headers += more
+        if self._headers_length > _LONGEST_PART_HEADERS or self._all_headers > _LONGEST_HEADERS:
             raise UserError("bad_form", "The headers of a part of the form are too long.", field="file", status=400)
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
@@ -829,9 +844,21 @@ class _Raw:
         self._intake.end_file()
 
 
-async def bounded(stream: AsyncIterator[bytes], idle_seconds: float) -> AsyncIterator[bytes]:
-    """The same chunks, as long as each comes within the time."""
+@dataclass(frozen=True)
+class Pace:
+    """How slow a sender may be: `idle_seconds` between two chunks, and over so many seconds of waiting for it `rate`
+    bytes a second. Without the second, a byte a minute would hold a place for ever."""
+
+    idle_seconds: float
+    rate: float = 0
+    clock: Callable[[], float] = time.monotonic
+
+
+async def bounded(stream: AsyncIterator[bytes], pace: Pace) -> AsyncIterator[bytes]:
+    """The same chunks, as long as they come at that pace. What the service itself takes does not count."""
+    idle_seconds, waited, came = pace.idle_seconds, 0.0, 0
     while True:
+        began = pace.clock()
         try:
             async with asyncio.timeout(idle_seconds):
                 chunk = await anext(stream)
@@ -844,6 +871,16 @@ async def bounded(stream: AsyncIterator[bytes], idle_seconds: float) -> AsyncIte
                 hint="Send it again; on a slow line raise EKIBEN_UPLOAD_IDLE_SECONDS.",
                 status=408,
             ) from None
+        waited, came = waited + pace.clock() - began, came + len(chunk)
+        if waited >= idle_seconds:
+            if came < waited * pace.rate:
+                raise UserError(
+                    "upload_too_slow",
+                    f"The upload carried {came} bytes in {waited:.0f} s; at least {pace.rate:g} a second are needed.",
+                    hint="Send it again on a faster line, or lower EKIBEN_MIN_UPLOAD_RATE.",
+                    status=408,
+                )
+            waited, came = 0.0, 0
         yield chunk
 
 
@@ -853,11 +890,12 @@ async def receive(
     content_type: str,
     query: dict[str, str],
     length: int | None,
-    limit: int,
-    idle_seconds: float,
+    limits: Limits,
+    pace: Pace,
     threads: Threads,
 ) -> None:
     """Read a request's body into the intake. Raises UserError for what cannot be an upload."""
+    limit = limits.upload
     most = limit + 16 * _BATCH  # with room for the fields and what the form puts around the files
     if length is not None and length > most:
         raise too_large(limit)
@@ -867,7 +905,7 @@ async def receive(
         boundary = options.get(b"boundary", b"")
         if not 1 <= len(boundary) <= 256:
             raise UserError("bad_form", "The Content-Type names no usable boundary.", field="content-type", status=400)
-        sink = _Form(intake, boundary)
+        sink = _Form(intake, boundary, limits.parts)
     elif media == b"application/x-www-form-urlencoded":
         sink = _Fields(intake)
     else:
@@ -890,7 +928,7 @@ async def receive(
     # The network is read while the bytes before are hashed and written: at most two batches are held.
     writing: asyncio.Task[None] | None = None
     try:
-        async for chunk in bounded(stream, idle_seconds):
+        async for chunk in bounded(stream, pace):
             seen += len(chunk)
             if seen > most:  # whatever follows the last boundary counts too
                 raise too_large(limit)
@@ -911,4 +949,15 @@ async def receive(
     await threads.run(sink.finish)
 
 
-__all__ = ["EkibenError", "Intake", "Limits", "Received", "Upload", "bounded", "file_path", "receive", "too_large"]
+__all__ = [
+    "EkibenError",
+    "Intake",
+    "Limits",
+    "Pace",
+    "Received",
+    "Upload",
+    "bounded",
+    "file_path",
+    "receive",
+    "too_large",
+]

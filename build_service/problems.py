@@ -21,7 +21,7 @@ log = structlog.get_logger(__name__)
 def problem_response(error: EkibenError, headers: dict[str, str] | None = None) -> Response:
     extra = dict(headers or {})
     if error.status in (429, 503):
-        extra.setdefault("Retry-After", "1")
+        extra.setdefault("Retry-After", "5" if error.status == 429 else "1")
     if error.status == 401:
         extra.setdefault("WWW-Authenticate", 'Bearer realm="ekiben"')
     return JSONResponse(error.problem(), status_code=error.status, media_type="application/problem+json", headers=extra)

@@ -39,6 +39,10 @@ def _content(file: Path | None) -> str | None:
     return None if file is None else file.read_text().strip()
 
 
+DEFAULT_MAX_UPLOADS = 64
+DEFAULT_MAX_CALLER_UPLOADS = 16
+DEFAULT_MAX_FORM_PARTS = 1000
+DEFAULT_MIN_UPLOAD_RATE = 1024  # bytes a second
 DEFAULT_MAX_RECOGNITION_MEMORY = 384 * MIB
 DEFAULT_MAX_RECOGNITION_SECONDS = 20.0
 
@@ -114,11 +118,24 @@ class Settings(ClusterSettings):
     upload_idle_seconds: float = Field(
         60, gt=0, description="Time an upload may stand still before it is given up, in seconds."
     )
+    min_upload_rate: int = Field(
+        DEFAULT_MIN_UPLOAD_RATE, ge=0, description="Bytes a second that an upload must carry over that time; 0: none.",
+    )  # fmt: skip
+    max_uploads: int = Field(DEFAULT_MAX_UPLOADS, gt=0, description="Uploads under way at the same moment.")
+    max_caller_uploads: int = Field(
+        DEFAULT_MAX_CALLER_UPLOADS, gt=0, description="The same of one caller: a token, or an address where none is "
+        "needed. More wait for EKIBEN_UPLOAD_IDLE_SECONDS, then get 429.",
+    )  # fmt: skip
+    max_form_parts: int = Field(
+        DEFAULT_MAX_FORM_PARTS, gt=0, description="Parts of an upload's form; more files go into one archive.",
+    )  # fmt: skip
     recognition_memory: int = Field(
         DEFAULT_MAX_RECOGNITION_MEMORY, ge=64 * MIB, description="Bytes of memory of the process that examines an "
         "upload: what it is, and what an archive holds.",
     )  # fmt: skip
-    recognitions_at_once: int = Field(4, gt=0, description="Uploads that are examined side by side; others wait.")
+    recognitions_at_once: int = Field(
+        4, gt=0, description="Uploads that are examined side by side, half of them of one caller; others wait in turn."
+    )
     recognition_seconds: float = Field(
         DEFAULT_MAX_RECOGNITION_SECONDS, gt=0, description="CPU time that it may take, in seconds; one second more for "
         "each 8 MiB of the upload.",

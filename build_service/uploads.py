@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 
 from build_service import metrics, shapes
-from build_service.intake import Limits, Received, bounded, file_path, too_large
+from build_service.admission import caller_of
+from build_service.intake import Limits, Pace, Received, bounded, file_path, too_large
 from build_service.threads import Threads
 from registry import parts, versions
 from registry.database import Database
@@ -29,7 +31,8 @@ from registry.store import MODELS, ObjectMissing, ObjectStore
 _NOTE = "upload.json"
 _MIB = 1024 * 1024
 _PART_SIZE = 16 * _MIB
-_ARRIVING = 16  # parts that come in at once: each is held in memory
+_ARRIVING = 128 * _MIB  # bytes of the parts that come in at once: they are held in memory
+_ARRIVING_OF_ONE = parts.LARGEST_PART  # the same of one caller
 _REMEMBERED = 1000  # uploads of which is known how far they are
 _DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):\s*(?:,|$)")  # RFC 9530, §2
 
@@ -59,7 +62,7 @@ class Uploads:
     def __init__(self, store: ObjectStore, database: Database, limits: Limits, *, local: bool) -> None:
         self._store, self._database, self._limits, self._local = store, database, limits, local
         self._reached: dict[str, _Reached] = {}
-        self._arriving = 0
+        self._arriving: Counter[str] = Counter()  # bytes by caller
 
     # --- while parts come -------------------------------------------------------------------------------------------
 
@@ -104,20 +107,22 @@ class Uploads:
                 self._store.delete(_location(upload))
 
     @contextmanager
-    def arriving(self) -> Iterator[None]:
-        """Room for one part in memory, or EkibenError at once: a sender that waits would lose its connection."""
-        if self._arriving >= _ARRIVING:
+    def arriving(self, caller: str, size: int) -> Iterator[None]:
+        """Memory for a part of so many bytes, or EkibenError at once: a sender that waits would lose its connection."""
+        if self._arriving.total() + size > _ARRIVING or self._arriving[caller] + size > _ARRIVING_OF_ONE:
             raise InfrastructureError(
                 "too_many_parts",
-                f"{_ARRIVING} parts of uploads are coming in already.",
+                f"Parts of uploads of {self._arriving.total() // _MIB} MiB are arriving already.",
                 hint="Send the part again in a moment.",
                 status=503,
             )
-        self._arriving += 1
+        self._arriving[caller] += size
         try:
             yield
         finally:
-            self._arriving -= 1
+            self._arriving[caller] -= size
+            if not self._arriving[caller]:
+                del self._arriving[caller]
 
     # --- when all are there -----------------------------------------------------------------------------------------
 
@@ -237,7 +242,7 @@ class Uploads:
             writer.abort()
 
 
-def router(uploads: Uploads, threads: Threads, idle_seconds: float) -> APIRouter:
+def router(uploads: Uploads, threads: Threads, pace: Pace) -> APIRouter:
     """The endpoints below /uploads; `threads` write the parts."""
     api = APIRouter(tags=["uploads"])
     part_body = {
@@ -275,8 +280,10 @@ def router(uploads: Uploads, threads: Threads, idle_seconds: float) -> APIRouter
                 hint="Begin a new upload with larger parts, if these are not enough.",
             )  # fmt: skip
         declared = request.headers.get("content-length", "")
-        with uploads.arriving():
-            data = await _body(bounded(request.stream(), idle_seconds), int(declared) if declared.isdigit() else 0)
+        length = int(declared) if declared.isdigit() else 0
+        held = min(length, parts.LARGEST_PART) or parts.LARGEST_PART
+        with uploads.arriving(caller_of(request.scope), held):
+            data = await _body(bounded(request.stream(), pace), length)
             return await threads.run(uploads.put, upload, number, data, sha256)
 
     @api.delete("/uploads/{upload}", status_code=204, operation_id="end_upload")

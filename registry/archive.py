@@ -16,7 +16,7 @@ import bz2
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn, Protocol
 
@@ -254,12 +254,7 @@ class _Check:
         """Counts the unpacked bytes of a member, passed over or not."""
         self._total += size
         if self._total > self.limits.total:
-            _refuse(
-                "archive_too_large",
-                f"The archive unpacks to more than {self.limits.total} bytes (at {name[:100]!a}).",
-                "Send a smaller model, or raise the limit in the service's settings.",
-                413,
-            )
+            _refuse_total(self.limits, f"at {name[:100]!a}")
 
     def _collide(self, parts: list[str], folder: bool) -> None:
         for end in range(1, len(parts) + 1):
@@ -322,6 +317,18 @@ def _zip(stream: BinaryIO, check: _Check) -> Iterator[Member]:
     for entry, path in zip(found, paths, strict=True):
         if path is not None:
             yield Member(path, entry.size, archive_zip.open_entry(stream, entry))
+
+
+def check_zip(found: Sequence[archive_zip.Entry], limits: Limits | None = None) -> None:
+    """UserError where the members of a zip that stays packed, as a model does, unpack to too much: whoever loads it
+    unpacks it."""
+    limits = limits or Limits()
+    for entry in found:
+        _check_ratio(entry.packed, entry.size, limits)
+    total = sum(entry.size for entry in found)
+    _check_ratio(sum(entry.packed for entry in found), total, limits)
+    if total > limits.total:
+        _refuse_total(limits, "its members together")
 
 
 def _check_ratio(packed: int, unpacked: int, limits: Limits) -> None:
@@ -439,6 +446,15 @@ class _Unpacked(io.RawIOBase):
             if asks and not data and not self._machine.eof:
                 _refuse("archive_truncated", "The compressed data ends early.", "Upload the archive again, whole.")
         return b""
+
+
+def _refuse_total(limits: Limits, where: str) -> NoReturn:
+    _refuse(
+        "archive_too_large",
+        f"The archive unpacks to more than {limits.total} bytes ({where}).",
+        "Send a smaller model, or raise the limit in the service's settings.",
+        413,
+    )
 
 
 def _refuse(code: str, detail: str, hint: str, status: int | None = None) -> NoReturn:

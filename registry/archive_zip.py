@@ -261,6 +261,39 @@ def _local(stream: BinaryIO, entry: Entry, directory: int) -> Entry:
     return Entry(**{**entry.__dict__, "data": data})
 
 
+class Reopened(io.RawIOBase):
+    """A seekable view of a stream that goes forward only: it is opened again to go back."""
+
+    def __init__(self, open_stream: Callable[[], BinaryIO], size: int) -> None:
+        self._open, self._size = open_stream, size
+        self._stream: BinaryIO | None = None
+        self._at = self._read = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence] + offset
+        return self._at
+
+    def readinto(self, target: memoryview) -> int:  # type: ignore[override]
+        if self._stream is None or self._at < self._read:
+            self._stream, self._read = self._open(), 0
+        while self._read < self._at:
+            skipped = self._stream.read(min(self._at - self._read, 1 << 20))
+            if not skipped:
+                return 0
+            self._read += len(skipped)
+        data = self._stream.read(len(target))
+        target[: len(data)] = data
+        self._read += len(data)
+        self._at = self._read
+        return len(data)
+
+
 def _encoded(name: str, encoding: str) -> bytes | None:
     try:
         return name.encode(encoding)

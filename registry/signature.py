@@ -111,41 +111,60 @@ def check_sample(signature: Signature, sample: Any) -> int:
     rows = sample["inputs"]
     if not isinstance(rows, list) or not rows:
         _misfit("sample.inputs", "is no list with at least one row", 'Write it as {"inputs": [row, …]}.')
+    columns = _Columns(signature)
     for index, row in enumerate(rows):
         where = f"sample.inputs[{index}]"
         if signature.tensors:
             _check_tensor_row(signature, row, where)
         elif isinstance(row, dict):
-            _check_record(signature, row, where)
+            _check_record(signature, columns, row, where)
         elif isinstance(row, list):
-            _check_array(signature, row, where)
+            _check_array(signature, columns, row, where)
         elif signature.n_features is not None and signature.n_features != 1:
             _misfit(where, "is neither an object nor an array", "A row is an object by column name, or an array.")
     return len(rows)
 
 
-def _check_record(signature: Signature, row: dict[str, Any], where: str) -> None:
-    if not signature.columns:
+class _Columns:
+    """The columns as rows look them up. What is worked out here is so once for all rows: a model may have a million
+    columns or levels, a sample as many rows, and their product would never end."""
+
+    def __init__(self, signature: Signature) -> None:
+        self.all = signature.columns
+        self.places = {column.name: place for place, column in enumerate(self.all)}
+        self.required = [place for place, column in enumerate(self.all) if column.required]
+        self._texts: dict[str, frozenset[bool]] = {}
+
+    def takes(self, column: Column, value: Any) -> bool:
+        """Whether the value is of the sort of any of a category's levels."""
+        if column.name not in self._texts:
+            self._texts[column.name] = frozenset(isinstance(level, str) for level in column.categories or ())
+        return isinstance(value, str) in self._texts[column.name]
+
+
+def _check_record(signature: Signature, columns: _Columns, row: dict[str, Any], where: str) -> None:
+    if not columns.all:
         if signature.n_features is not None and len(row) != signature.n_features:
             _misfit(
                 where, f"has {len(row)} values, the model takes {signature.n_features}", "Give one value a feature."
             )
         return
-    known = {column.name: column for column in signature.columns}
     for name in row:
-        if name not in known:
-            close = f"The model's columns are {_listed(list(known))}."
+        if name not in columns.places:
+            close = f"The model's columns are {_listed(list(columns.places))}."
             _misfit(f"{where}.{_short(name)}", "is no column of the model", close)
-    for column in signature.columns:
-        if column.name not in row:
-            if not column.required:
-                continue
-            hint = "Give every column; null stands for a missing value."
-            _misfit(f"{where}.{_short(column.name)}", "is missing", hint)
-        _check_value(column, row[column.name], f"{where}.{_short(column.name)}")
+    missing = next((place for place in columns.required if columns.all[place].name not in row), len(columns.all))
+    for place in sorted(columns.places[name] for name in row):
+        if place > missing:
+            break
+        column = columns.all[place]
+        _check_value(columns, column, row[column.name], f"{where}.{_short(column.name)}")
+    if missing < len(columns.all):
+        hint = "Give every column; null stands for a missing value."
+        _misfit(f"{where}.{_short(columns.all[missing].name)}", "is missing", hint)
 
 
-def _check_array(signature: Signature, row: list[Any], where: str) -> None:
+def _check_array(signature: Signature, columns: _Columns, row: list[Any], where: str) -> None:
     if signature.n_features is not None and len(row) != signature.n_features:
         names = f": {_listed([column.name for column in signature.columns])}" if signature.named else ""
         _misfit(
@@ -154,16 +173,16 @@ def _check_array(signature: Signature, row: list[Any], where: str) -> None:
             f"Give one value a feature, in the model's order{names}.",
         )
     for index, column in enumerate(signature.columns[: len(row)]):
-        _check_value(column, row[index], f"{where}[{index}]")
+        _check_value(columns, column, row[index], f"{where}[{index}]")
 
 
-def _check_value(column: Column, value: Any, where: str) -> None:
+def _check_value(columns: _Columns, column: Column, value: Any, where: str) -> None:
     if value is None or column.dtype == "unknown":
         return
     if isinstance(value, (dict, list)):
         _misfit(where, "is no single value", f"Give a {column.dtype}, or null where it is missing.")
     if column.dtype == "category":
-        if column.categories and not any(_same_sort(value, level) for level in column.categories):
+        if column.categories and not columns.takes(column, value):
             levels = _listed([repr(level) for level in column.categories])
             _misfit(where, f"is a {_sort(value)}, the column's levels are not", f"Give one of {levels}.")
         return
@@ -330,10 +349,6 @@ def _sort(value: Any) -> str:
     if isinstance(value, str):
         return "string"
     return "array" if isinstance(value, list) else "object" if isinstance(value, dict) else "null"
-
-
-def _same_sort(value: Any, level: Scalar) -> bool:
-    return isinstance(value, str) == isinstance(level, str)
 
 
 def _short(name: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import BinaryIO, NoReturn
 
+from registry.archive import check_zip
 from registry.archive_zip import Entry, ZipFault, entries, is_zip, open_entry
 from registry.errors import UserError
 from registry.formats import (
@@ -156,6 +157,7 @@ def _zipped(upload: Upload, path: str) -> Recognised | None:
     with upload.open(path) as stream:
         try:
             members = entries(stream, _MOST_ZIPPED, model=True)
+            check_zip(members)
             names = {entry.name for entry in members}
             if "schema.json" in names and (found := skops.recognise(stream, members, path)) is not None:
                 return found

@@ -7,13 +7,13 @@ and not by a path.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from typing import Any, BinaryIO, NoReturn
 
 from registry.archive_zip import Entry, ZipFault, open_entry
 from registry.errors import UserError
+from registry.formats import bounded_json
 from registry.formats.upload import Recognised, invalid, read_up_to, shown, truncated
 from registry.signature import Signature, Tensor
 
@@ -43,9 +43,10 @@ def recognise(stream: BinaryIO, members: list[Entry], path: str) -> Recognised |
         invalid(path, "its config.json is too large", _SAVE)
     try:
         with open_entry(stream, metadata) as reader:
-            about = json.loads(read_up_to(reader, _LARGEST_CONFIG + 1).decode())
+            about = bounded_json.loads(read_up_to(reader, _LARGEST_CONFIG + 1), "its metadata.json")
         with open_entry(stream, config) as reader:
-            body = json.loads(read_up_to(reader, _LARGEST_CONFIG + 1).decode(), object_pairs_hook=_object(path))
+            text = read_up_to(reader, _LARGEST_CONFIG + 1)
+        body = bounded_json.loads(text, "its config.json", pairs=_object(path))
     except ZipFault as fault:
         truncated(path, fault.what, _SAVE)
     except (ValueError, RecursionError):

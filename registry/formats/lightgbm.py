@@ -8,10 +8,10 @@ Source: LightGBM, src/boosting/gbdt_model_text.cpp; python-package/lightgbm/basi
 
 from __future__ import annotations
 
-import json
 from typing import BinaryIO
 
 from registry.errors import UserError
+from registry.formats import bounded_json
 from registry.formats.upload import Recognised, Upload, invalid, read_up_to, shown, truncated
 from registry.signature import Column, Scalar, Signature
 
@@ -235,7 +235,7 @@ def _footer(stream: BinaryIO, path: str) -> list[list[Scalar]] | None:
 
 def _pandas(text: str, path: str) -> list[list[Scalar]] | None:
     try:
-        levels = json.loads(text)
+        levels = bounded_json.loads(text.encode(), "its pandas_categorical")
     except (ValueError, RecursionError):
         truncated(path, "its last line, pandas_categorical, is cut", _SAVE)
     if levels is None:
@@ -251,12 +251,12 @@ def _signature(
     header: dict[str, str], pandas: list[list[Scalar]] | None, path: str
 ) -> tuple[Signature, tuple[str, ...]]:
     width = _int(header, "max_feature_idx", path, 50_000_000) + 1
+    # counted before they are split: a line of spaces would become gigabytes
+    named, described = (header[key].count(" ") + 1 for key in ("feature_names", "feature_infos"))
+    if named != width or described != width:
+        invalid(path, f"it names {named} features and describes {described}, max_feature_idx is {width - 1}", _SAVE)
     names = header["feature_names"].split(" ")
     infos = header["feature_infos"].split(" ")
-    if len(names) != width or len(infos) != width:
-        invalid(
-            path, f"it names {len(names)} features and describes {len(infos)}, max_feature_idx is {width - 1}", _SAVE
-        )
     if len(set(names)) != width:
         invalid(path, "two of its features have one name", _SAVE)
     notes: list[str] = []
@@ -275,7 +275,7 @@ def _signature(
             )
         else:
             columns.append(Column(name, "number"))
-    named = names != [f"Column_{index}" for index in range(width)]
+    own_names = names != [f"Column_{index}" for index in range(width)]
     words = header.get("objective", "").split()
     task = _TASKS.get(words[0] if words else "", "unknown")
     classes = _int(header, "num_class", path, 1_000_000)
@@ -284,7 +284,7 @@ def _signature(
         known_classes = tuple(range(classes)) if classes <= 10_000 else None
     elif task == "binary":
         known_classes = (0, 1)
-    return Signature(tuple(columns), named, width, task=task, classes=known_classes), tuple(notes)
+    return Signature(tuple(columns), own_names, width, task=task, classes=known_classes), tuple(notes)
 
 
 def _codes(info: str) -> list[int] | None:

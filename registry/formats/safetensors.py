@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 
+from registry.formats import bounded_json
 from registry.formats.upload import Recognised, Upload, invalid, read_up_to, truncated
 
 FORMAT = "safetensors"
@@ -32,7 +32,7 @@ def recognise(upload: Upload, path: str) -> Recognised | None:
     with upload.open(path) as stream:
         raw = read_up_to(stream, 8 + length)[8:]
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
+        header = bounded_json.loads(raw, "its header", pairs=_no_duplicates)
     except (ValueError, RecursionError):
         return None
     if not isinstance(header, dict):

@@ -12,6 +12,8 @@ import struct
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from registry.formats import bounded_json
+
 Path = tuple[str, ...]
 
 _CHUNK = 1 << 20
@@ -202,6 +204,7 @@ class _Json:
 
 
 def _decoded(text: bytes) -> Any:
+    bounded_json.check(text, "what it says of itself")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -10,10 +10,13 @@ import json
 import re
 import struct
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NoReturn
+from functools import partial
+from typing import Any, BinaryIO, NoReturn, cast
 
-from registry.archive_zip import Entry, ZipFault, open_entry
+from registry.archive import check_zip
+from registry.archive_zip import Entry, Reopened, ZipFault, entries, open_entry
 from registry.errors import UserError
+from registry.formats import bounded_json
 from registry.formats import skops_types as types
 from registry.formats.pickles import is_pickle
 from registry.formats.upload import Recognised, invalid, read_up_to, shown, truncated
@@ -24,6 +27,8 @@ _SAVE = "skops.io.dump(model, 'model.skops')"
 _LARGEST_SCHEMA = 256 << 20
 _MOST_MEMBERS = 100_000
 _LARGEST_NPY = 1 << 20  # of arrays that are read for the signature
+_MOST_ARRAYS = 100  # of a .npz
+_LARGEST_NESTED = 1 << 20  # bytes of JSON documents within strings of the schema, together
 _LATEST_PROTOCOL = 2
 
 _DTYPES = frozenset(
@@ -107,7 +112,7 @@ def accepted() -> list[str]:
     return sorted(frozenset[str]().union(*_ALLOWED.values()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Node:
     """A node whose type was accepted, with as much of its content as the signature may need."""
 
@@ -134,7 +139,7 @@ def recognise(stream: BinaryIO, members: list[Entry], path: str) -> Recognised |
         truncated(path, fault.what, _SAVE)
     checker = _Checker(path, by_name)
     try:
-        root = json.loads(text.decode(), object_pairs_hook=checker.node)
+        root = bounded_json.loads(text, "its schema.json", pairs=checker.node)
     except (ValueError, RecursionError):
         invalid(path, "its schema.json is not JSON", _SAVE)
     if not isinstance(root, _Node):
@@ -165,7 +170,9 @@ def _check_members(stream: BinaryIO, members: list[Entry], path: str) -> None:
         elif entry.name.endswith(".bin"):
             continue  # bytes objects: skops gives them to the estimator as they are
         elif start.startswith(b"PK\x03\x04") and entry.name.endswith(".npz"):
-            continue  # sparse matrices: read by scipy with allow_pickle=False
+            # sparse matrices: read by scipy with allow_pickle=False, and unpacked then
+            inner = Reopened(partial(open_entry, stream, entry), entry.size)
+            check_zip(entries(cast(BinaryIO, inner), _MOST_ARRAYS))
         elif is_pickle(start):
             _pickled(path, entry.name)
         else:
@@ -188,6 +195,7 @@ class _Checker:
         self._path = path
         self._members = members
         self._numbers: dict[int, tuple[str, str, str | None]] = {}
+        self._nested = 0
 
     def node(self, pairs: list[tuple[str, Any]]) -> Any:
         body = dict(pairs)
@@ -211,6 +219,10 @@ class _Checker:
         if file is not None and (not isinstance(file, str) or file not in self._members):
             invalid(self._path, "an array of its schema.json is missing", _SAVE)
         content = body.get("content", file)
+        if loader == "JsonNode" and isinstance(content, str) and content.lstrip()[:1] in ("[", "{"):
+            self._nested += len(content)  # skops parses it again; it writes plain values alone there
+            if self._nested > _LARGEST_NESTED:
+                invalid(self._path, "its schema.json has JSON documents within strings", _SAVE)
         if loader == "RandomGeneratorNode":
             self._random(content)
         elif loader in ("ReduceNode", "TreeNode", "LossNode"):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from registry.archive_zip import Entry, ZipFault, entries, is_zip
 from registry.errors import UserError
-from registry.formats import onnx, pickles, safetensors
+from registry.formats import bounded_json, onnx, pickles, safetensors
 from registry.formats.upload import Recognised, Upload, read_up_to, shown, truncated
 
 ONNX = "transformers-onnx"
@@ -88,7 +88,7 @@ def recognise(upload: Upload) -> Recognised | None:
 
 def check_needs(found: Recognised, requirements: str | None) -> None:
     """UserError `transformers_needs_torch` where the version's requirements do not bring what its weights need."""
-    missing = [name for name in found.needs if not re.search(rf"(?im)(?:^|[\"'])\s*{name}\b", requirements or "")]
+    missing = [name for name in found.needs if not re.search(rf"(?im)(?:^|[\"'])[ \t]*+{name}\b", requirements or "")]
     if missing:
         raise UserError(
             "transformers_needs_torch",
@@ -283,6 +283,6 @@ def _json(upload: Upload, path: str, largest: int) -> Any:
     if not 0 < upload.sizes.get(path, 0) <= largest:
         return None
     try:
-        return json.loads(upload.head(path, largest))
+        return bounded_json.loads(upload.head(path, largest), shown(path))
     except (ValueError, RecursionError):
         return None
