@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bentos import serving
+from bentos.formats import fitted
 from bentos.serving.schema import inputs_schema, outputs_schema
+from bentos.serving.values import date_text
 
 _METHODS = ("predict", "predict_proba")
 
@@ -27,11 +28,13 @@ class Model:
         _one_thread(self.estimator)
         width = getattr(self.estimator, "n_features_in_", None)
         names = getattr(self.estimator, "feature_names_in_", None)
-        sample = folder.sample()
-        self.table = None if width is None else _table(self.estimator, int(width), names, sample)
-        self._frame = names is not None
-        classes = getattr(self.estimator, "classes_", None)
-        labels = classes.tolist() if isinstance(classes, numpy.ndarray) else None
+        self.table: serving.Table | None = None
+        if width is not None:
+            known = None if names is None else [str(name) for name in names]
+            shown = _shown_as_text(folder.sample(), int(width), names)
+            self._features = fitted.features(self.estimator, known, int(width), shown, folder.path().name)
+            self.table = serving.Table(tuple(f.column for f in self._features), named=known is not None)
+        labels = _labels(self.estimator, folder.path().name)
         self.methods = tuple(m for m in _METHODS if hasattr(self.estimator, m))
         if "predict" not in self.methods:
             message = f"{folder.path().name} holds a {type(self.estimator).__name__}, which does not predict"
@@ -62,8 +65,7 @@ class Model:
                 values = getattr(self.estimator, method)(rows)
         except (ValueError, TypeError) as error:
             raise self._refused(inputs, error) from error
-        listed: list[Any] = self._numpy.asarray(values).tolist()
-        return listed
+        return _listed(self._numpy.asarray(values))
 
     def _rows(self, inputs: list[Any]) -> Any:
         if self.table is None:
@@ -73,24 +75,23 @@ class Model:
                     raise serving.Problem("wrong_type", f"inputs[{i}] is not a string", field=f"inputs[{i}]", hint=hint)
             return inputs
         table = self.table
-        if not any(c.text or c.unused or c.categories is not None for c in table.columns):
+        names = list(table.names) if table.named else None
+        if all(feature.plain for feature in self._features):
             matrix = table.matrix(inputs)
-            if not self._frame:
+            if names is None:
                 return matrix
             # columns side by side in memory, as in the frames that people train with: sums come out the same
-            return self._pandas.DataFrame(self._numpy.asfortranarray(matrix), columns=list(table.names))
+            return self._pandas.DataFrame(self._numpy.asfortranarray(matrix), columns=names)
         columns = table.values(inputs)
-        series = {i: self._series(v, c) for i, (v, c) in enumerate(zip(columns, table.columns, strict=True))}
-        frame = self._pandas.DataFrame(series)
-        if not self._frame:
-            return frame.to_numpy(dtype=object)
-        frame.columns = list(table.names)
-        return frame
+        if names is None and (array := fitted.array(self._features, columns)) is not None:
+            return array
+        # a series has the type of its array, where a frame would take None among texts for NaN
+        series = [self._series(feature.array(v)) for feature, v in zip(self._features, columns, strict=True)]
+        frame = self._pandas.DataFrame(dict(enumerate(series)))
+        return frame if names is None else frame.set_axis(names, axis=1)
 
-    def _series(self, values: Sequence[Any], column: serving.Column) -> Any:
-        if column.text or column.unused or any(isinstance(c, str) for c in column.categories or ()):
-            return self._pandas.Series([math.nan if v is None else v for v in values], dtype=object)
-        return self._numpy.array(values, dtype=float)
+    def _series(self, values: Any) -> Any:
+        return self._pandas.Series(values, dtype=values.dtype)
 
     def _refused(self, inputs: list[Any], error: Exception) -> serving.Problem:
         said = str(error).split("\n")[0][:500]
@@ -144,109 +145,41 @@ def _one_thread(estimator: Any) -> None:
             estimator.set_params(**{key: None})
 
 
-def _table(estimator: Any, width: int, names: Any, sample: Any) -> serving.Table:
-    """Columns as the encoders at the pipeline's start know them, else as the sample shows them, else numbers."""
-    known = _encoded(estimator, width, names)
-    shown = _shown_as_text(sample, width, names)
-    dropped = _dropped(estimator, width, names)
-    columns = []
-    for i in range(width):
-        name = str(names[i]) if names is not None else f"x{i}"
-        categories, closed = known.get(i, (None, False))
-        text = i in shown or any(isinstance(c, str) for c in categories or ())
-        if i in dropped:
-            columns.append(serving.Column(name, unused=True))
-        elif categories and closed:
-            columns.append(serving.Column(name, categories=tuple(categories)))
-        elif text:
-            example = next((c for c in categories or () if isinstance(c, str)), "")
-            columns.append(serving.Column(name, text=True, example=example))
-        else:
-            columns.append(serving.Column(name, example=categories[0] if categories else 0.0))
-    return serving.Table(tuple(columns), named=names is not None)
+def _labels(estimator: Any, file: str) -> list[Any] | None:
+    """The labels of a classifier as its answers have them. Raises StartError for those that JSON cannot keep."""
+    import numpy
+
+    classes = getattr(estimator, "classes_", None)
+    for each in classes if isinstance(classes, list) else [classes]:  # several outputs have a list of them
+        if isinstance(each, numpy.ndarray) and not _kept(each):
+            odd = each.dtype if each.dtype.kind != "O" else f"{type(each[0]).__name__} among others"
+            message = f"The classes of {file} are of the type {odd}, which JSON cannot keep."
+            hint = "fit the classifier on text, numbers, booleans or dates"
+            raise serving.StartError("model_load_failed", message, hint)
+    return _listed(classes) if isinstance(classes, numpy.ndarray) else None
 
 
-def _innermost(estimator: Any) -> Any:
-    """The pipeline or estimator that sees the rows as they come, out of searches, calibration and the like."""
-    for _ in range(10):
-        calibrated = getattr(estimator, "calibrated_classifiers_", None)
-        if calibrated:
-            estimator = calibrated[0].estimator
-        elif hasattr(estimator, "best_estimator_"):
-            estimator = estimator.best_estimator_
-        elif hasattr(estimator, "regressor_"):
-            estimator = estimator.regressor_
-        elif not hasattr(estimator, "steps") and hasattr(getattr(estimator, "estimator_", None), "steps"):
-            estimator = estimator.estimator_
-        else:
-            break
-    return estimator
+def _kept(classes: Any) -> bool:
+    if classes.dtype.kind == "O":
+        return all(isinstance(label, str | int | float | bool) for label in classes.tolist())
+    return classes.dtype.kind in "biuUM" or (classes.dtype.kind == "f" and classes.dtype.itemsize <= 8)
 
 
-def _positions(columns: Any, width: int, places: dict[str, int]) -> list[int] | None:
-    """Where a transformer's columns are, given by name or number; None for slices and masks."""
-    if isinstance(columns, str):
-        return [places[columns]] if columns in places else None
-    try:
-        listed = list(columns)
-    except TypeError:
-        return None
-    found = []
-    for column in listed:
-        place: Any = places.get(column) if isinstance(column, str) else column
-        if type(place).__name__.startswith("bool") or not hasattr(place, "__index__") or not -width <= place < width:
-            return None
-        found.append(int(place) % width)
-    return found
+def _listed(values: Any) -> list[Any]:
+    """An array as JSON values; dates in ISO 8601."""
+    if values.dtype.kind == "M":
+        texts = [None if value != value else date_text(value) for value in values.flat]
+        values = _array_of(texts, values.shape)
+    listed: list[Any] = values.tolist()
+    return listed
 
 
-def _dropped(estimator: Any, width: int, names: Any) -> set[int]:
-    """Columns that no transformer of the first step takes."""
-    estimator = _innermost(estimator)
-    steps = getattr(estimator, "steps", None)
-    transformers = getattr(steps[0][1] if steps else estimator, "transformers_", None)
-    if transformers is None:
-        return set()
-    places = {str(n): i for i, n in enumerate(names)} if names is not None else {}
-    used: set[int] = set()
-    for _, transformer, columns in transformers:
-        if isinstance(transformer, str) and transformer == "drop":
-            continue
-        at = _positions(columns, width, places)
-        if at is None:
-            return set()
-        used.update(at)
-    return set(range(width)) - used
+def _array_of(values: list[Any], shape: tuple[int, ...]) -> Any:
+    import numpy
 
-
-def _encoded(estimator: Any, width: int, names: Any) -> dict[int, tuple[list[Any], bool]]:
-    """Column → (categories of the encoder that sees it first, whether other values are refused)."""
-    estimator = _innermost(estimator)
-    steps = getattr(estimator, "steps", None)
-    first = steps[0][1] if steps else estimator
-    if steps and not hasattr(first, "transformers_") and hasattr(first, "categories_"):
-        return _of_encoder(first, list(range(width)))
-    found: dict[int, tuple[list[Any], bool]] = {}
-    places = {str(n): i for i, n in enumerate(names)} if names is not None else {}
-    for _, transformer, columns in getattr(first, "transformers_", ()):
-        at = _positions(columns, width, places)
-        if at is None:
-            continue  # the sample or the model itself will tell
-        inner = [s for _, s in transformer.steps] if hasattr(transformer, "steps") else [transformer]
-        encoder = next((s for s in inner if hasattr(s, "categories_")), None)
-        if encoder is not None and len(encoder.categories_) == len(at):
-            found.update(_of_encoder(encoder, at, imputed=encoder is not inner[0]))
-    return found
-
-
-def _of_encoder(encoder: Any, at: list[int], imputed: bool = False) -> dict[int, tuple[list[Any], bool]]:
-    closed = getattr(encoder, "handle_unknown", "error") == "error" and not imputed
-    found = {}
-    for i, categories in zip(at, encoder.categories_, strict=True):
-        listed = [c.item() if hasattr(c, "item") else c for c in categories.tolist()]
-        values = [c for c in listed if c is not None and c == c]  # NaN stands for missing
-        found[i] = (values, closed)
-    return found
+    made = numpy.empty(len(values), dtype=object)
+    made[:] = values
+    return made.reshape(shape)
 
 
 def _shown_as_text(sample: Any, width: int, names: Any) -> set[int]:

@@ -40,7 +40,7 @@ def rows_of(body: Any) -> tuple[str, list[Any]] | None:
 
 
 def compare(expected: Any, actual: Any, rtol: float, atol: float) -> Comparison:
-    """Compare two response bodies: equal shape and strings, numbers with |a - e| <= atol + rtol * |e|."""
+    """Compare two response bodies: equal shape, strings and whole numbers; floats with |a - e| <= atol + rtol * |e|."""
     where = rows_of(expected)
     found = rows_of(actual)
     if where is None or found is None or where[0] != found[0]:
@@ -185,7 +185,12 @@ def _check_count(sample: Any, answer: Any, what: str) -> None:
 def _difference(expected: Any, actual: Any, path: str, rtol: float, atol: float) -> str | None:
     if isinstance(expected, bool) or isinstance(actual, bool):
         return None if expected is actual else f"{path} is {actual!r}, expected {expected!r}"
-    if isinstance(expected, int | float) and isinstance(actual, int | float):
+    # two whole numbers are labels or counts: 100001 is not 100002
+    if (
+        isinstance(expected, float | int)
+        and isinstance(actual, float | int)
+        and float in (type(expected), type(actual))
+    ):
         if abs(actual - expected) <= atol + rtol * abs(expected):
             return None
         return f"{path} is {actual!r}, expected {expected!r}"

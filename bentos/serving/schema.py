@@ -8,14 +8,15 @@ from __future__ import annotations
 import difflib
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from operator import itemgetter
+from operator import itemgetter, ne
 from typing import TYPE_CHECKING, Any
 
 from bentos.serving.problems import Problem
+from bentos.serving.values import LARGEST_EXACT, UnfitError, ValueType, reader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,20 +24,38 @@ if TYPE_CHECKING:
 
 _NUMBERS = {int, float, bool, type(None)}
 _TEXTS = {str, type(None)}
-_PLAIN = _NUMBERS | _TEXTS
+_KINDS: Mapping[ValueType, set[Any]] = {
+    ValueType.NUMBER: _NUMBERS,
+    ValueType.BOOLEAN: {bool, type(None)},
+    ValueType.TEXT: _TEXTS,
+    ValueType.ANY: _NUMBERS | _TEXTS,
+}
+_SHORT = ("float16", "float32")
 
 
 @dataclass(frozen=True)
 class Column:
-    """One input of a model: a number, one of some categories (in the order of their codes), or any text."""
+    """One input of a model: one of some categories (JSON values, in the order of their codes), or any of a type."""
 
     name: str
     categories: tuple[Any, ...] | None = None
     nullable: bool = True
     example: Any = 0.0
-    text: bool = False
-    unused: bool = False
-    """The model does not look at it: a number or a text will do."""
+    type: ValueType = ValueType.NUMBER
+    dtype: str = "float64"
+    """NumPy's name of the type that the model was fitted on."""
+    exact: bool = False
+    """A whole number that a double rounds is refused."""
+
+    @cached_property
+    def read(self) -> Callable[[Any], Any]:
+        """From a JSON value other than null to one of the column. Raises UnfitError."""
+        return reader(self.type, self.dtype, self.exact)
+
+    @cached_property
+    def levels(self) -> frozenset[Any] | None:
+        """The categories as `read` gives them."""
+        return None if self.categories is None else frozenset(map(self.read, self.categories))
 
     @cached_property
     def codes(self) -> dict[Any, float]:
@@ -47,14 +66,16 @@ class Column:
         return {**self.codes, None: math.nan}
 
     def json_schema(self) -> dict[str, Any]:
+        if self.type is ValueType.DATE:
+            about = "ISO 8601 without a time zone, such as 2024-01-31T12:00:00"
+            return {"type": ["string", "null"] if self.nullable else "string", "description": about}
         if self.categories is not None:
             allowed = [*self.categories, None] if self.nullable else list(self.categories)
             return {"enum": allowed}
-        if self.unused:
+        if self.type is ValueType.ANY:
             return {"type": ["number", "string", "boolean", "null"]}
-        if self.text:
-            return {"type": ["string", "null"] if self.nullable else "string"}
-        return {"type": ["number", "null"] if self.nullable else "number"}
+        plain = {ValueType.TEXT: "string", ValueType.BOOLEAN: "boolean"}.get(self.type, "number")
+        return {"type": [plain, "null"] if self.nullable else plain}
 
 
 @dataclass(frozen=True)
@@ -87,7 +108,7 @@ class Table:
 
     @property
     def _mixed(self) -> bool:
-        return any(c.categories is not None or c.text or c.unused for c in self.columns)
+        return any(c.categories is not None or c.type is not ValueType.NUMBER for c in self.columns)
 
     @cached_property
     def _required(self) -> tuple[int, ...]:
@@ -110,37 +131,39 @@ class Table:
         return matrix
 
     def values(self, inputs: Sequence[Any]) -> list[Sequence[Any]]:
-        """Checked values column by column, categories and text as they are. Raises Problem."""
+        """Return the values column by column, each as the column's type has it; None where missing. Raises Problem."""
         cells = self._cells(inputs)
         if cells is not None:
             width = len(self.columns)
-            columns: list[Sequence[Any]] = [cells[at::width] for at in range(width)]
-            if all(map(_fits, self.columns, columns)):
-                return columns
+            columns = [_read(column, cells[at::width]) for at, column in enumerate(self.columns)]
+            read = [values for values in columns if values is not None]
+            if len(read) == width:
+                return read
         return list(zip(*self.records(inputs), strict=True))
 
     def records(self, inputs: Sequence[Any]) -> list[list[Any]]:
-        """Rows as checked values in column order, categories and text as they are. Raises Problem."""
+        """Return the rows, their values in column order as `values` gives them. Raises Problem."""
         rows = []
         for i, row in enumerate(inputs):
-            values = list(self._row(row, i))
-            for at, column in enumerate(self.columns):
-                value = values[at]
-                if value is None:
-                    continue
-                place = self._place(i, column)
-                if column.categories is not None:
-                    self._code(value, column, i)
-                elif column.unused:
-                    if type(value) not in _PLAIN:
-                        raise Problem("wrong_type", f"{place} is {_kind_of(value)}, not a single value", field=place)
-                elif column.text:
-                    if type(value) is not str:
-                        raise Problem("wrong_type", f"{place} is {_kind_of(value)}, not a string", field=place)
-                else:
-                    values[at] = self._number(value, column, i)
-            rows.append(values)
+            cells = zip(self.columns, self._row(row, i), strict=True)
+            rows.append([self._value(value, column, i) for column, value in cells])
         return rows
+
+    def _value(self, value: Any, column: Column, i: int) -> Any:
+        place = self._place(i, column)
+        if value is None or value != value:  # NaN is as missing as null
+            if not column.nullable:
+                detail = f"{place} is missing, and the model was fitted on no missing value there"
+                raise Problem("missing_value", detail, field=place, hint="send a value")
+            return None
+        try:
+            read = column.read(value)
+        except UnfitError as unfit:
+            detail = f"{place} is {_kind_of(value)}, {unfit.expected}"
+            raise Problem(unfit.code, detail, field=place, hint=unfit.hint) from unfit
+        if column.levels is not None and read not in column.levels:
+            raise self._unknown(value, column, i)
+        return read
 
     def _cells(self, inputs: Sequence[Any]) -> list[Any] | None:
         """All cells, row after row, where the rows have the right width and names; None where one needs a closer look.
@@ -180,19 +203,6 @@ class Table:
         except (KeyError, TypeError, OverflowError):
             return None
         return flat.reshape(len(inputs), width)
-
-    def _number(self, value: Any, column: Column, i: int) -> Any:
-        place = self._place(i, column)
-        if type(value) not in _NUMBERS:
-            raise Problem("wrong_type", f"{place} is {_kind_of(value)}, not a number", field=place)
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isinf(number):
-            hint = "send a finite number, or null where it is missing"
-            raise Problem("not_finite", f"{place} is not a finite number", field=place, hint=hint)
-        return value
 
     def _row(self, row: Any, i: int) -> Sequence[Any]:
         if type(row) is dict:
@@ -244,10 +254,12 @@ class Table:
         try:
             return column.codes[value]
         except (KeyError, TypeError):
-            shown = ", ".join(repr(c) for c in (column.categories or ())[:20])
-            detail = f"{self._place(i, column)} is {_shown(value)}, which the model was not trained with"
-            field = self._place(i, column)
-            raise Problem("unknown_category", detail, field=field, hint=f"known values: {shown}") from None
+            raise self._unknown(value, column, i) from None
+
+    def _unknown(self, value: Any, column: Column, i: int) -> Problem:
+        shown = ", ".join(repr(c) for c in (column.categories or ())[:20])
+        detail = f"{self._place(i, column)} is {_shown(value)}, which the model was not trained with"
+        return Problem("unknown_category", detail, field=self._place(i, column), hint=f"known values: {shown}")
 
     def _check_extremes(self, matrix: NDArray[np.float64]) -> None:
         import numpy as np
@@ -308,8 +320,8 @@ class Table:
         return inputs_schema(self.row_schema())
 
     def example_row(self) -> Any:
-        """A row that fits: the first category, or the column's example number."""
-        values = [c.categories[0] if c.categories else ("" if c.text else c.example) for c in self.columns]
+        """A row that fits: the first category, or the column's example."""
+        values = [c.categories[0] if c.categories else c.example for c in self.columns]
         return dict(zip(self.names, values, strict=True)) if self.named else values
 
 
@@ -332,22 +344,27 @@ def outputs_schema(value: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fits(column: Column, values: Sequence[Any]) -> bool:
-    """Whether all values may be in the column; False also where only a closer look can tell."""
-    if column.categories is not None:
-        try:
-            return column.codes_or_missing.keys() >= set(values)
-        except TypeError:
-            return False
+def _read(column: Column, values: Sequence[Any]) -> Sequence[Any] | None:
+    """Return the values as the column's type has them; None where only a closer look can tell what is wrong."""
     kinds = set(map(type, values))
-    if column.unused:
-        return kinds <= _PLAIN
-    if column.text:
-        return kinds <= _TEXTS
+    if float in kinds and any(map(ne, values, values)):
+        values = [None if v != v else v for v in values]  # NaN is as missing as null
+        kinds.add(type(None))
     try:
-        return kinds <= _NUMBERS and not any(map(math.isinf, filter(None, values)))
-    except OverflowError:
-        return False
+        if column.type is ValueType.DATE or column.dtype in _SHORT:
+            values = [None if v is None else column.read(v) for v in values]
+        elif not kinds <= _KINDS[column.type] or (not column.nullable and type(None) in kinds):
+            return None
+        elif not kinds.isdisjoint((int, float)):
+            if any(math.isinf(v) for v in values if type(v) in (int, float)):
+                return None
+            if column.exact and any(type(v) is int and abs(v) > LARGEST_EXACT for v in values):
+                return None
+        if column.levels is not None and not column.levels >= set(values) - {None}:
+            return None
+    except (UnfitError, OverflowError, TypeError):
+        return None
+    return values
 
 
 def _any_of(table: Table) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Tables of the user's own process as JSON rows, and answers back as tables.
 
 A row is an object by column name, or an array where there are no names. Missing values (NaN, NaT, None, pandas.NA) are
-null, timestamps ISO 8601, NumPy numbers plain numbers, categories their values. Nothing here imports pandas or NumPy: a
-value tells by its type what it is, so a process without them pays nothing.
+null, timestamps ISO 8601, NumPy numbers plain numbers, categories their values. What JSON cannot keep is refused.
+Nothing here imports pandas or NumPy: a value tells by its type what it is, so a process without them pays nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def rows(data: Any) -> list[Any]:
             raise ExportError(
                 "a single number is not a list of rows", code="bad_sample", field="sample", hint="pass [row]"
             )
-        return [_value(value, "sample") for value in data.tolist()]
+        return [_value(value, "sample") for value in _listed(data)]
     if _is(data, "torch", "Tensor"):
         return rows(data.detach().cpu().numpy())
     if is_sparse(data):
@@ -141,7 +141,7 @@ def like(data: Any, values: list[Any]) -> Any:
     if _is(data, "numpy", "ndarray") or is_sparse(data):
         numpy = importlib.import_module("numpy")
 
-        if _numeric(values):
+        if _numeric(values) and not _rounded(values):
             return numpy.array([_nan(value) for value in values])
         return (
             numpy.array(values)
@@ -153,7 +153,9 @@ def like(data: Any, values: list[Any]) -> Any:
 
         if values and all(isinstance(value, (list, dict)) for value in values):
             return pandas.DataFrame([_nan(value) for value in values], index=data.index)
-        return pandas.Series([_nan(value) if _numeric(values) else value for value in values], index=data.index)
+        if _numeric(values) and not _rounded(values):
+            return pandas.Series([_nan(value) for value in values], index=data.index)
+        return pandas.Series(values, index=data.index, dtype=object if _rounded(values) else None)
     return values
 
 
@@ -205,16 +207,18 @@ def _value(value: Any, place: str) -> Any:
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
         return None if str(value) == "NaT" else value.isoformat()
     if isinstance(value, decimal.Decimal):
-        return _value(float(value), place)
-    if isinstance(value, datetime.timedelta):
-        return value.total_seconds()
+        whole = value.is_finite() and value == value.to_integral_value() and int(value) != float(value)
+        return int(value) if whole else _value(float(value), place)  # else a float would round it
     kind = type(value)
     if kind.__module__.startswith("pandas") and kind.__name__ in ("NAType", "NaTType"):
         return None
     if kind.__module__ == "numpy":
         if kind.__name__ == "datetime64":
-            return None if str(value) == "NaT" else str(value)
-        return _value(value.tolist(), place)  # ndarray and numpy scalars
+            return _date(value)
+        if kind.__name__ != "timedelta64":
+            plain = _listed(value)  # an array or a scalar
+            if type(plain) is not kind:  # NumPy has no plain form for a long double
+                return _value(plain, place)
     if _is(value, "pandas", "DataFrame") or _is(value, "pandas", "Series"):
         return rows(value)
     raise ExportError(
@@ -223,6 +227,29 @@ def _value(value: Any, place: str) -> Any:
         field=place,
         hint="convert the column to numbers, strings or timestamps",
     )
+
+
+def _listed(array: Any) -> Any:
+    """The values of an array or scalar as plain lists; dates as texts, which NumPy else gives as counts or as dates."""
+    if array.dtype.kind in "mM":
+        flat = [_value(value, "sample") for value in array.reshape(-1)]
+        return _shaped(flat, array.shape)
+    return array.tolist()
+
+
+def _shaped(flat: list[Any], shape: Sequence[int]) -> Any:
+    for size in reversed(shape[1:]):
+        flat = [flat[start : start + size] for start in range(0, len(flat), size)] if size else []
+    return flat
+
+
+def _date(value: Any) -> str | None:
+    """A numpy.datetime64 as datetime and pandas write it: a second has no decimals, or 6, or 9."""
+    whole, point, fraction = str(value).partition(".")
+    digits = fraction.rstrip("0")
+    if whole == "NaT":
+        return None
+    return whole + (point + digits.ljust(6 if len(digits) <= 6 else 9, "0") if digits else "")
 
 
 def _plain(value: Any) -> Any:
@@ -240,6 +267,15 @@ def _numeric(values: Iterable[Any]) -> bool:
         elif value is not None and not isinstance(value, (int, float)):
             return False
     return True
+
+
+_LARGEST_EXACT = 2**53  # of the whole numbers that are a float without being rounded
+
+
+def _rounded(values: Iterable[Any]) -> bool:
+    """Whether one array would make floats of whole numbers that floats cannot hold."""
+    large = any(isinstance(value, int) and abs(value) > _LARGEST_EXACT for value in values)
+    return large and any(value is None or isinstance(value, float) for value in values)
 
 
 def _nan(value: Any) -> Any:

@@ -21,6 +21,7 @@ from bentos.serving import Column, ModelFolder, Problem, StartError, Table, fini
 from bentos.serving.golden import compare
 from bentos.serving.problems import from_answer
 from bentos.serving.settings import Settings
+from bentos.serving.values import ValueType
 
 BENTOS = Path(importlib.import_module("bentos").__file__ or "").parent
 KINDS = ["lightgbm", "mlflow", "onnx", "sklearn", "tensorflow", "xgboost"]
@@ -97,9 +98,24 @@ def test_whatever_comes_in_is_a_matrix_or_a_problem_with_a_field(inputs: list[An
 
 
 MIXED = Table(
-    (Column("age"), Column("plan", categories=("a", "b", 3)), Column("word", text=True), Column("x", unused=True))
+    (
+        Column("age"),
+        Column("plan", categories=("a", "b", 3), type=ValueType.ANY),
+        Column("word", type=ValueType.TEXT),
+        Column("x", type=ValueType.ANY),
+        Column("exact", exact=True),
+        Column("short", dtype="float32"),
+        Column("flag", type=ValueType.BOOLEAN),
+        Column("day", type=ValueType.DATE, dtype="datetime64[us]"),
+        Column("closed", categories=(1, 2.5), nullable=False),
+    )
 )
-cells = st.sampled_from([None, 1, 2.5, -0.0, True, math.nan, math.inf, 10**400, "a", "b", 3, "1", [], {}, [1]])
+mixed_cells: st.SearchStrategy[Any] = st.sampled_from(
+    [None, 1, 2.5, True, math.nan, math.inf, 2**53 + 1, 10**400, "a", "2024-01-31", []]
+)
+cells: st.SearchStrategy[Any] = st.sampled_from(
+    [None, 1, 2.5, -0.0, True, math.nan, math.inf, 10**400, "a", "b", 3, "1", [], {}, [1]]
+)
 
 
 def _told(read: Any) -> str | tuple[str, str | None]:
@@ -121,11 +137,16 @@ def test_a_batch_is_taken_or_refused_as_its_rows_are(rows: list[tuple[Any, ...]]
     assert whole in refused if refused else whole == str([*singly]).replace("'", "")
 
 
-@given(st.lists(st.tuples(cells, cells, cells, cells), min_size=1, max_size=5))
+@given(st.lists(st.tuples(*[mixed_cells] * len(MIXED.columns)), min_size=1, max_size=3))
 def test_columns_are_the_checked_rows_on_their_side(rows: list[tuple[Any, ...]]) -> None:
     batch = [list(row) for row in rows]
     columns = _told(lambda: [tuple(column) for column in MIXED.values(batch)])
     assert columns == _told(lambda: list(zip(*MIXED.records(batch), strict=True)))
+    for at, column in enumerate(MIXED.columns):  # alone, as most rows of them all are refused
+        alone = Table((column,))
+        cells = [[row[at]] for row in batch]
+        read = _told(lambda alone=alone, cells=cells: [tuple(each) for each in alone.values(cells)])
+        assert read == _told(lambda alone=alone, cells=cells: list(zip(*alone.records(cells), strict=True)))
 
 
 def test_a_model_folder_is_verified_file_by_file(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def write(model: Any, folder: Path, sample: Any) -> Written:
         # Probabilities tell more than labels: a model that drifted a little still gives the same labels.
         method = "predict_proba" if hasattr(model, "predict_proba") else "predict"
         fields = {} if method == "predict" else {"method": method}
-        outputs = predicted(getattr(model, method), frame(sample))
+        outputs = predicted(getattr(model, method), _table(sample))
     file = folder / "model.skops"
     try:
         io.dump(model, file)
@@ -40,3 +40,10 @@ def write(model: Any, folder: Path, sample: Any) -> Written:
     names = getattr(model, "feature_names_in_", None)
     texts = getattr(model, "n_features_in_", None) is None  # a pipeline of texts has no columns at all
     return Written(file, outputs, None if names is None else list(names), texts or names is not None, fields)
+
+
+def _table(sample: Any) -> Any:
+    """The sample as scikit-learn takes it. Lists of values stay lists, of which NumPy would make one type."""
+    rows = sample.get("inputs", []) if isinstance(sample, dict) else sample
+    nested = isinstance(rows, (list, tuple)) and bool(rows) and all(isinstance(row, (list, tuple)) for row in rows)
+    return [list(row) for row in rows] if nested else frame(sample)
