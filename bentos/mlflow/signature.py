@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from bentos import serving
 from bentos.serving.schema import closest, inputs_schema
 
 _WHOLE = {"integer": 31, "long": 63}
+_TOO_LARGE = math.ldexp(2 - 2**-24, 127)  # from here on 32 bits round to infinity
 _TYPES = {"boolean": "boolean", "integer": "integer", "long": "integer", "float": "number", "double": "number"}
 
 
@@ -25,13 +28,23 @@ class Column:
     required: bool
 
     def json_schema(self) -> dict[str, Any]:
-        plain = _TYPES.get(self.type, "string" if self.type == "string" else None)
+        plain = _TYPES.get(self.type, "string" if self.type in ("string", "datetime") else None)
         return {} if plain is None else {"type": [plain, "null"]}
 
     def like(self, value: Any) -> Any:
         """A value that fits, near to one of the model's file, which may know nothing of whole numbers."""
         if self.type in _WHOLE and type(value) is float:
             return round(value)
+        return bool(value) if self.type == "boolean" else value
+
+    def read(self, value: Any) -> Any:
+        """The value that MLflow's own server would hand to the model: a `float` has 32 bits, `long` no fraction."""
+        if value is None or value != value:
+            return None
+        if self.type == "float":
+            return struct.unpack("<f", struct.pack("<f", value))[0]
+        if self.type in _WHOLE:
+            return int(value)
         return bool(value) if self.type == "boolean" else value
 
     def fault(self, value: Any) -> str | None:
@@ -50,8 +63,10 @@ class Column:
             bits = _WHOLE[self.type]
             return None if -(1 << bits) <= value < 1 << bits else f"outside of the range of {self.type}"
         if self.type in ("float", "double"):
-            return None if type(value) in (int, float, bool) else "not a number"
-        return None
+            if type(value) not in (int, float, bool):
+                return "not a number"
+            return None if self.type == "double" or abs(value) < _TOO_LARGE else "too large for a float"
+        return "not a date" if self.type == "datetime" and type(value) is not str else None
 
 
 @dataclass(frozen=True)
@@ -121,7 +136,7 @@ class Signature:
             if said := column.fault(value):
                 place = f"inputs[{i}].{column.name}"
                 raise _problem("wrong_type", f"{place} is {said}", place, f"the model takes a {column.type}")
-        return values
+        return [column.read(value) for column, value in zip(self.columns, values, strict=True)]
 
 
 def _problem(code: str, detail: str, field: str, hint: str) -> serving.Problem:

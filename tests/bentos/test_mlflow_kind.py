@@ -21,12 +21,16 @@ import xgboost
 from mlflow.models import ModelSignature, infer_signature
 from mlflow.types.schema import ColSpec, Schema
 from onnx import TensorProto, helper
+from sklearn.compose import make_column_transformer
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
+from sklearn.tree import DecisionTreeRegressor
 
 from bentos.mlflow.model import Model
 from bentos.serving import ModelFolder, Problem, StartError, write_model
+from ekiben import _sample
 from registry.errors import UserError
 from registry.formats import Recognised, recognise
 from registry.signature import Column, check_sample
@@ -241,3 +245,46 @@ def test_what_mlmodel_says_is_checked(saved: Any, tmp_path: Path) -> None:
         assert _refused({**files, "churn/MLmodel": text}).code == "invalid_model"
         with pytest.raises(StartError, match="MLmodel"):
             Model(_folder(tmp_path, {**files, "churn/MLmodel": text}))
+
+
+def test_values_of_a_signature_keep_their_type(saved: Any, tmp_path: Path) -> None:
+    rows = 60
+    ids = np.array([2**53 + i % 8 for i in range(rows)])
+    frame = pd.DataFrame(
+        {
+            "id": ids,
+            "word": pd.Series(np.array(["a", "b", None], dtype=object)[np.arange(rows) % 3], dtype=object),
+            "day": pd.Series(pd.date_range("2024-01-01", periods=6).repeat(10)).astype("datetime64[ns]"),
+            "short": np.array([0.1, 0.2, 0.7], dtype="float32")[np.arange(rows) % 3],
+            "yes": np.arange(rows) % 2 == 0,
+        }
+    )
+    columns = make_column_transformer((OneHotEncoder(), list(frame.columns)))
+    pipeline = make_pipeline(columns, DecisionTreeRegressor(random_state=0)).fit(frame, np.arange(rows))
+    typed = [("long", "id"), ("string", "word"), ("datetime", "day"), ("float", "short"), ("boolean", "yes")]
+    signature = ModelSignature(Schema([ColSpec(kind, name, required=name != "word") for kind, name in typed]))
+    files = saved(mlflow.sklearn, pipeline, signature=signature, serialization_format="skops")
+    assert _see(files).format == "mlflow"
+    model = Model(_folder(tmp_path, files))
+    asked = json.loads(json.dumps(_sample.rows(frame)))
+    assert model.outputs(asked) == pipeline.predict(frame).tolist()
+    by_hand = {"id": 2**53 + 1, "day": "2024-01-01", "short": 0.2, "yes": 1}  # word is left out, so None
+    same = frame[1:2].assign(word=pd.Series([None], dtype=object, index=[1]), yes=True)
+    assert model.outputs([by_hand]) == pipeline.predict(same).tolist()
+    for field, wrong in (("id", 1.5), ("day", "2024-01-01T00:00:00Z"), ("day", 5), ("short", 1e39), ("yes", 2)):
+        assert _problem(model, {**by_hand, field: wrong}).field == f"inputs[0].{field}"
+
+
+def test_levels_of_lightgbm_are_found_whatever_their_type(saved: Any, tmp_path: Path) -> None:
+    rows = 400
+    ids, flags = np.array([2**53, 2**53 + 1, 2**53 + 2]), np.array([True, False])
+    frame = pd.DataFrame(
+        {"id": pd.Categorical(ids[np.arange(rows) % 3]), "flag": pd.Categorical(flags[np.arange(rows) % 2])}
+    )
+    frame.loc[::7, "id"] = None
+    target = np.arange(rows) % 3 + 10.0 * (np.arange(rows) % 2) + 100.0 * (np.arange(rows) % 7 == 0)
+    booster = lightgbm.train({"verbose": -1, "min_data_per_group": 1}, lightgbm.Dataset(frame, target), 5)
+    model = Model(_folder(tmp_path, saved(mlflow.lightgbm, booster)))
+    asked = json.loads(json.dumps(_sample.rows(frame[:12])))
+    assert model.outputs(asked) == booster.predict(frame[:12]).tolist()
+    assert len(set(model.outputs(asked))) > 6
