@@ -23,10 +23,9 @@ from mlflow.types.schema import ColSpec, Schema
 from onnx import TensorProto, helper
 from sklearn.compose import make_column_transformer
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
-from sklearn.tree import DecisionTreeRegressor
 
 from bentos.mlflow.model import Model
 from bentos.serving import ModelFolder, Problem, StartError, write_model
@@ -260,7 +259,7 @@ def test_values_of_a_signature_keep_their_type(saved: Any, tmp_path: Path) -> No
         }
     )
     columns = make_column_transformer((OneHotEncoder(), list(frame.columns)))
-    pipeline = make_pipeline(columns, DecisionTreeRegressor(random_state=0)).fit(frame, np.arange(rows))
+    pipeline = make_pipeline(columns, Ridge()).fit(frame, np.arange(rows))
     typed = [("long", "id"), ("string", "word"), ("datetime", "day"), ("float", "short"), ("boolean", "yes")]
     signature = ModelSignature(Schema([ColSpec(kind, name, required=name != "word") for kind, name in typed]))
     files = saved(mlflow.sklearn, pipeline, signature=signature, serialization_format="skops")
