@@ -59,6 +59,12 @@ def test_shapes_strings_and_the_rest_of_the_body_count() -> None:
     assert compare({"y": 1}, [1], 1, 1).difference
 
 
+def test_whole_numbers_are_compared_exactly_as_labels_are() -> None:
+    assert compare({"outputs": [100001]}, {"outputs": [100002]}, 1e-5, 1e-6).difference
+    assert compare({"outputs": [2**53 + 1]}, {"outputs": [2**53]}, 1e-5, 1e-6).difference
+    assert compare({"outputs": [3, 3.0]}, {"outputs": [3.0, 3]}, 0, 0).difference is None
+
+
 def test_the_place_of_a_number_without_value_is_found() -> None:
     assert finite.place({"outputs": [1.0, [2.0, math.nan]]}) == "outputs[1][1]"
     assert finite.place({"a": {"b": -math.inf}}) == "a.b"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import json
 import math
 
@@ -50,6 +51,28 @@ def test_lists_with_numpy_scalars_become_plain() -> None:
     assert json.loads(json.dumps(_sample.rows(rows))) == [{"a": 0.5, "b": 3, "c": "x", "d": "2026-01-02"}]
 
 
+def test_whole_numbers_are_not_rounded_on_the_way_out_or_back() -> None:
+    big = 2**53 + 1
+    frame = pd.DataFrame({"a": [big, 1], "b": pd.array([big, None], dtype="Int64"), "c": [0.5, 1.0]})
+    assert _sample.rows(frame) == [{"a": big, "b": big, "c": 0.5}, {"a": 1, "b": None, "c": 1.0}]
+    assert _sample.rows([[decimal.Decimal(big), decimal.Decimal("0.5"), decimal.Decimal("NaN")]]) == [[big, 0.5, None]]
+    assert _sample.rows(np.array([2**64 - 1], dtype="uint64")) == [2**64 - 1]
+    for values in ([big, None], [big, 0.5], [big, 1]):
+        assert list(_sample.like(frame, values)) == list(_sample.like(np.zeros((2, 1)), values)) == values
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_dates_are_written_alike_from_frames_and_arrays(unit: str) -> None:
+    days = np.array(["2024-01-31", "NaT", "2024-01-31T12:00:01"], dtype=f"datetime64[{unit}]")
+    expected = ["2024-01-31T00:00:00", None, "2024-01-31T12:00:01"]
+    assert _sample.rows(days) == _sample.rows(pd.Series(days)) == _sample.rows(list(days)) == expected
+    assert _sample.rows(days.reshape(3, 1)) == [[day] for day in expected]
+    assert [row["d"] for row in _sample.rows(pd.DataFrame({"d": days}))] == expected
+    if unit in ("us", "ns"):
+        short = np.array(["2024-01-31T12:00:01.5"], dtype=days.dtype)
+        assert _sample.rows(short) == _sample.rows(pd.Series(short)) == ["2024-01-31T12:00:01.500000"]
+
+
 def test_texts_in_a_series_become_one_row_each() -> None:
     assert _sample.body(pd.Series(["good", "bad"])) == {"inputs": ["good", "bad"]}
 
@@ -64,6 +87,10 @@ def test_a_request_body_is_sent_as_it_is() -> None:
         (pd.DataFrame({"x": [math.inf]}), "x holds an infinity"),
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns"),
         (pd.DataFrame({"x": [complex(1, 2)]}), "x holds a builtins.complex"),
+        (pd.DataFrame({"x": pd.to_timedelta([1], unit="s")}), "x holds a pandas"),
+        (np.array([1], dtype="timedelta64[s]"), "sample holds a numpy.timedelta64"),
+        (np.array([0.1], dtype=np.longdouble), "sample holds a numpy.longdouble"),
+        (pd.DataFrame({"x": [b"a"]}), "x holds a builtins.bytes"),
         (object(), "no rows"),
         (np.float64(3.0), "no rows"),
     ],
