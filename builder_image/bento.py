@@ -22,9 +22,10 @@ from typing import Any
 
 from builder_image.environment import Environment, made_once
 from builder_image.installer import Tools
-from builder_image.lock import Lock, canonicalize_name
+from builder_image.lock import Lock
 from registry import digest, shelf
 from registry.errors import InfrastructureError, UserError
+from registry.requirements import canonicalize_name
 
 FORMAT = 1
 INSPECT_SECONDS = 120.0

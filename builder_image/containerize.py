@@ -24,6 +24,7 @@ from builder_image.layers import AnyLayer, Compression, StreamedLayer
 from builder_image.progress import Progress
 from builder_image.spec import BuiltImage, Push
 from registry.errors import UserError
+from registry.requirements import logical_lines, requirement_lines
 
 _INDEX_OPTIONS = ("--index-url", "-i", "--extra-index-url", "--find-links", "-f", "--trusted-host", "--no-index")
 _STANDARD_COMMAND = "apt-get update && apt-get install -q -y --no-install-recommends --allow-remove-essential"
@@ -171,7 +172,7 @@ def requirements(stored: StoredBento, work: Path) -> tuple[tuple[str, ...], Path
         for wheel in folder.glob("*.whl"):
             shutil.copyfile(wheel, wheels / wheel.name)
     lines = []
-    for line in lock.logical_lines(file.read_text(encoding="utf-8-sig")):
+    for line in logical_lines(file.read_text(encoding="utf-8-sig")):
         if line.split()[0].split("=")[0] in _INDEX_OPTIONS:
             continue
         name = PurePosixPath(line.split()[0])
@@ -179,7 +180,7 @@ def requirements(stored: StoredBento, work: Path) -> tuple[tuple[str, ...], Path
             (own,) = [(key, value) for key, value in lock.own_wheels(wheels).items() if _names(name.name, key)]
             line = f"{own[0]}=={own[1].version}"
         lines.append(line)
-    return lock.requirement_lines(lines, file.name), wheels if wheels.is_dir() else None
+    return requirement_lines(lines, file.name), wheels if wheels.is_dir() else None
 
 
 def _names(wheel: str, package: str) -> bool:

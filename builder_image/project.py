@@ -23,6 +23,7 @@ from builder_image import bento, environment, lock, model
 from builder_image.installer import Tools
 from builder_image.spec import BuildSpec
 from registry.errors import UserError
+from registry.requirements import requirement_lines
 
 BENTOML = "1.4.40"
 """For projects that do not say which: what the kinds are served with. The builder itself needs none."""
@@ -289,11 +290,11 @@ def _requirements(project: Project, wishes: Wishes, found: model.Model, work: Pa
         return lock.user_requirements(found.requirements, work=work, tools=tools)
     if wishes.uses_uv_lock and "uv.lock" in project.files:
         exported = lock.export_uv_lock(project.files["uv.lock"], work=work, tools=tools)
-        return (*exported, *lock.requirement_lines(wishes.packages, "the project"))
+        return (*exported, *requirement_lines(wishes.packages, "the project"))
     files = list(wishes.files)
     if not files and not wishes.packages:
         files = [name for name in _REQUIREMENT_FILES if name in project.files][:1]
-    lines = list(lock.requirement_lines(wishes.packages, "the project"))
+    lines = list(requirement_lines(wishes.packages, "the project"))
     for path in files:
         if path not in project.files:
             raise UserError("bad_requirements", f"the project names {path}, which is not in it", field="requirements")
