@@ -34,7 +34,7 @@ def project() -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
         for name, content in (("p/bentofile.yaml", b"service: service:Listener\n"), ("p/service.py", SERVICE),
-                              ("p/requirements.txt", b"bentoml==1.4.39\n")):  # fmt: skip
+                              ("p/requirements.txt", b"bentoml==1.4.40\n")):  # fmt: skip
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
