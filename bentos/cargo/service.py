@@ -39,6 +39,7 @@ class Cargo:
                 "height": network.height,
                 "width": network.width,
                 "parameters": network.parameters,
+                **network.sharing,
             },
         )
 

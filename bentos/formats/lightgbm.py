@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from bentos import serving
+from bentos.serving.row_proof import Sharing
 from bentos.serving.schema import outputs_schema
 
 
@@ -40,7 +41,11 @@ class Model:
             output=outputs_schema(value),
             classes=labels,
             example={"inputs": [self.table.example_row()]},
-            details={"objective": objective, "trees": self.booster.num_trees()},
+            details={
+                "objective": objective,
+                "trees": self.booster.num_trees(),
+                "rows_share_a_call": Sharing.REQUEST.value,
+            },
         )
 
     def outputs(self, inputs: list[Any]) -> list[Any]:

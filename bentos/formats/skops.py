@@ -10,10 +10,16 @@ from typing import Any
 
 from bentos import serving
 from bentos.formats import fitted
+from bentos.serving import row_proof, row_values, trial_rows
+from bentos.serving.row_proof import Sharing
 from bentos.serving.schema import inputs_schema, outputs_schema
 from bentos.serving.values import date_text
 
 _METHODS = ("predict", "predict_proba")
+_JOINT = frozenset({"MiniBatchNMF", "NMF"})
+"""Their transform solves for all rows together, until the rows taken together are good enough."""
+_ELEMENTWISE = frozenset({"clip", "nan_to_num", "round"})
+"""Functions of NumPy beside its ufuncs."""
 
 
 class Model:
@@ -39,6 +45,14 @@ class Model:
         if "predict" not in self.methods:
             message = f"{folder.path().name} holds a {type(self.estimator).__name__}, which does not predict"
             raise serving.StartError("model_load_failed", message, "save the whole pipeline with its last estimator")
+        proven = independent(self.estimator)
+        rows, extremes = trial_rows.of_table(self.table, folder.sample())
+        verdict = row_proof.tried(self._every_method, rows, extremes, most=row_proof.MOST if proven else 2)
+        if verdict.miscounts:
+            message = f"{folder.path().name} does not answer one value per row: {verdict.refuted}"
+            hint = "save a pipeline whose steps keep the rows and whose last step answers one value for each"
+            raise serving.StartError("model_load_failed", message, hint)
+        self.sharing = row_proof.sharing(Sharing.REQUEST, verdict, proven)
         row = self.table.row_schema() if self.table else {"type": "string"}
         body = inputs_schema(row)
         body["properties"]["method"] = {"enum": list(self.methods), "default": "predict"}
@@ -50,7 +64,11 @@ class Model:
             output=outputs_schema({"enum": labels} if labels and "predict_proba" not in self.methods else {}),
             classes=labels,
             example={"inputs": [self.table.example_row() if self.table else "some text"]},
-            details={"estimator": type(self.estimator).__name__, "methods": list(self.methods)},
+            details={
+                "estimator": type(self.estimator).__name__,
+                "methods": list(self.methods),
+                **row_proof.details(self.sharing, verdict, proven),
+            },
         )
 
     def outputs(self, inputs: list[Any], method: str = "predict") -> list[Any]:
@@ -58,6 +76,13 @@ class Model:
         if method not in self.methods:
             detail = f"this model has no method {method[:50]!r}"
             raise serving.Problem("unknown_method", detail, field="method", hint=f"one of: {', '.join(self.methods)}")
+        if self.sharing is Sharing.REQUEST or len(inputs) < 2:
+            return self._answered(inputs, method)
+        self._rows(inputs)  # so that a row that does not fit is named by its number
+        return [value for row in inputs for value in self._answered([row], method)]
+
+    def _answered(self, inputs: list[Any], method: str) -> list[Any]:
+        """What one call of the estimator gives for these rows, one value each."""
         rows = self._rows(inputs)
         try:
             with warnings.catch_warnings():
@@ -65,7 +90,21 @@ class Model:
                 values = getattr(self.estimator, method)(rows)
         except (ValueError, TypeError) as error:
             raise self._refused(inputs, error) from error
-        return _listed(self._numpy.asarray(values))
+        try:
+            return row_values.listed(values, len(inputs))
+        except row_proof.Miscounted as error:
+            hint = "save a pipeline whose last step answers one value per row"
+            raise serving.Problem("prediction_failed", str(error), hint=hint, status=500) from error
+
+    def _every_method(self, inputs: list[Any]) -> list[Any]:
+        """For trials. Raises Miscounted."""
+        try:
+            answers = [self._answered(inputs, method) for method in self.methods]
+        except serving.Problem as problem:
+            if isinstance(problem.__cause__, row_proof.Miscounted):
+                raise problem.__cause__ from problem
+            raise
+        return [dict(zip(self.methods, values, strict=True)) for values in zip(*answers, strict=True)]
 
     def _rows(self, inputs: list[Any]) -> Any:
         if self.table is None:
@@ -104,6 +143,35 @@ class Model:
                         return serving.Problem("missing_value", detail, field=place, hint="send a value")
         hint = "compare the rows with those that the model was trained on"
         return serving.Problem("prediction_refused", f"the model refuses these rows: {said}", field="inputs", hint=hint)
+
+
+def independent(estimator: Any) -> bool:
+    """Whether nothing in it is known to work on all rows at once: functions over a whole table, joint factorisations.
+
+    What is not known is left to the trials.
+    """
+    import numpy as np
+
+    waiting, seen = [estimator], set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, list | tuple | set):
+            waiting += each
+        elif isinstance(each, dict):
+            waiting += each.values()
+        elif type(each).__module__.startswith("sklearn."):
+            name = type(each).__name__
+            if name in _JOINT:
+                return False
+            if name == "FunctionTransformer":
+                plain = isinstance(each.func, np.ufunc) or getattr(each.func, "__name__", "") in _ELEMENTWISE
+                if each.func is not None and (not plain or each.kw_args):
+                    return False
+            waiting += getattr(each, "__dict__", {}).values()
+    return True
 
 
 def trusted() -> frozenset[str]:

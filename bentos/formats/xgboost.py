@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from bentos import serving
+from bentos.serving.row_proof import Sharing
 from bentos.serving.schema import outputs_schema
 
 _LARGEST_FLOAT32 = 3.4028234663852886e38
@@ -78,6 +79,7 @@ class Model:
                 "objective": objective,
                 "trees": rounds,
                 "missing": None if math.isnan(self._missing) else self._missing,
+                "rows_share_a_call": Sharing.REQUEST.value,
             },
             caveats=_caveats(rounds, None if estimator else best, self._missing),
         )

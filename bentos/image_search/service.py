@@ -41,6 +41,7 @@ class ImageSearch:
                 "height": self.search.network.height,
                 "width": self.search.network.width,
                 "parameters": self.search.network.parameters,
+                **self.search.network.sharing,
                 "network_sha256": known.network,
             },
         )

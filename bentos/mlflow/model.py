@@ -12,6 +12,7 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from bentos import serving
 from bentos.mlflow.signature import Signature
+from bentos.serving.row_proof import Sharing
 from bentos.serving.schema import inputs_schema
 
 _ENTRIES = {"lightgbm": "data", "xgboost": "data", "sklearn": "pickled_model", "onnx": "data"}
@@ -28,6 +29,7 @@ class Model:
         self._answer: Callable[[list[Any]], list[Any]] = inner.outputs
         if flavour == "sklearn":
             self._answer = partial(inner.outputs, method=_method(document, inner.methods))
+        self.sharing: Sharing = getattr(inner, "sharing", Sharing.REQUEST)
         self.signature = Signature.read(document.get("signature"))
         self._put = _put(inner, self.signature) if self.signature is not None else None
         self.about = replace(

@@ -20,5 +20,5 @@ class Onnx:
     @bentoml.api(route="/predict")
     async def predict(self, inputs: list[Any]) -> dict[str, list[Any]]:
         """One value per row: what the model's output holds for it, or an object by name if it has several outputs."""
-        answer: dict[str, list[Any]] = await serving.answer(self.model.outputs, inputs)
+        answer: dict[str, list[Any]] = await serving.answer(self.model.outputs, inputs, self.model.sharing)
         return answer

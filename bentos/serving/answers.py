@@ -8,33 +8,42 @@ from inspect import iscoroutinefunction
 from typing import Any
 
 from bentos.serving.problems import Problem
+from bentos.serving.row_proof import Sharing
 
 MAX_ROWS = 50_000
 _INLINE_ROWS = 64
 """Up to here a prediction is shorter than the hand-over to a thread; above, other requests must not wait for it."""
+_INLINE_CALLS = 4
+"""The same of rows that take one call each."""
 
 
 Outputs = Callable[[list[Any]], list[Any] | Awaitable[list[Any]]]
 
 
-async def answer(outputs: Outputs, inputs: list[Any]) -> Any:
+async def answer(outputs: Outputs, inputs: list[Any], sharing: Sharing = Sharing.REQUEST) -> Any:
     """A Starlette response with one output per input row, or a problem that names the row and column.
 
-    `outputs` may be asynchronous, where a model collects the rows of several requests.
+    `outputs` may be asynchronous, where a model collects the rows of several requests. `sharing`: how many calls of the
+    model a request takes.
     """
     from starlette.responses import Response
 
     try:
         check_rows(inputs)
-        values = await outputs(inputs) if iscoroutinefunction(outputs) else await aside(outputs, inputs)
+        inline = _INLINE_CALLS if sharing is Sharing.ROW else _INLINE_ROWS
+        values = await outputs(inputs) if iscoroutinefunction(outputs) else await aside(outputs, inputs, inline)
+        if len(values) != len(inputs):  # an answer must never be taken for that of another row
+            detail = f"the model answered {len(values)} values for {len(inputs)} rows"
+            hint = "serve a model that answers one value per row, or a project that sorts its answers by row"
+            raise Problem("prediction_failed", detail, hint=hint, status=500)
         return Response(encode(values), media_type="application/json")
     except Problem as problem:
         return problem.response()
 
 
-async def aside(outputs: Callable[[list[Any]], Any], inputs: list[Any]) -> Any:
+async def aside(outputs: Callable[[list[Any]], Any], inputs: list[Any], inline: int = _INLINE_ROWS) -> Any:
     """`outputs(inputs)`, in a thread where that is long enough for others to notice."""
-    if len(inputs) <= _INLINE_ROWS:
+    if len(inputs) <= inline:
         return outputs(inputs)
     from anyio.to_thread import run_sync
 

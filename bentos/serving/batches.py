@@ -40,7 +40,7 @@ class Batches:
 
     def __init__(self, run: Run, most: int, environ: Mapping[str, str] = os.environ) -> None:
         self._run = run
-        self._most = min(most, _bound(environ, most))
+        self._most = min(most, bound(environ, most))
         self._waiting: deque[_Waiting] = deque()
         self._work: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "model")
@@ -113,7 +113,8 @@ def _fail(waiting: _Waiting, error: Exception) -> None:
         waiting.result.set_exception(error)
 
 
-def _bound(environ: Mapping[str, str], most: int) -> int:
+def bound(environ: Mapping[str, str], most: int) -> int:
+    """EKIBEN_BATCH, or `most`. Raises StartError `bad_setting`."""
     text = environ.get("EKIBEN_BATCH") or str(most)
     if not text.isascii() or not text.isdigit() or int(text[:9]) < 1:
         raise StartError("bad_setting", "EKIBEN_BATCH is not a whole number from 1", "correct or unset EKIBEN_BATCH")

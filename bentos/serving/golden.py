@@ -148,11 +148,22 @@ async def check(app: App, route: str | None, about: About, served: Served) -> tu
             "golden_sample_failed",
             f"{result.matched} of {result.rows} predictions match the expected values: {result.difference} "
             f"(tolerance {served.rtol:g} relative, {served.atol:g} absolute)",
-            "; ".join(about.caveats)
-            or "the model does not predict here what it predicted where the expected values were made; "
-            "check versions, column order and preprocessing",
+            _cause(about),
         )
     return Checked("expected", result.rows, result.matched), answer
+
+
+def _cause(about: About) -> str:
+    """A hint at what made the answers differ from the expected values."""
+    known = list(about.caveats)
+    if why := about.details.get("why_alone"):
+        known.append(
+            f"each row is predicted in a call of its own ({why}): make the expected values from one row at a time"
+        )
+    return "; ".join(known) or (
+        "the model does not predict here what it predicted where the expected values were made; "
+        "check versions, column order and preprocessing"
+    )
 
 
 @contextlib.contextmanager

@@ -6,19 +6,22 @@ Nothing here imports TensorFlow before it is asked to: that takes seconds, and m
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from bentos.serving import keras_rows, row_proof, tensorflow_rows
 from bentos.serving.problems import StartError
+from bentos.serving.row_flow import Rows
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_TRIALS = 4
 _HINT = "save it with model.save('NAME.keras'); its input is uint8 pictures [n, height, width, 3]"
 
 
@@ -66,8 +69,10 @@ class Network:
     """Of the answer to one picture."""
     parameters: int
     most: int
-    """Pictures in one call of the network; more are answered in several."""
+    """Pictures in one call of the network; more are answered in several. 1 where they would change each other's."""
     _call: Any
+    sharing: Mapping[str, Any] = field(default_factory=dict)
+    """For /metadata: which pictures share a call."""
 
     @classmethod
     def load(cls, path: Path, most: int = 32) -> Network:
@@ -91,7 +96,8 @@ class Network:
         )
         network = cls(height, width, tuple(gives[0].shape[1:]), int(model.count_params()), most, call)
         network._warm_up()
-        return network
+        (found,) = tensorflow_rows.structure(call.get_concrete_function(), 1, free=False)
+        return network._alone_or_together(isinstance(found, Rows) or keras_rows.independent(model))
 
     def run(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[n, height, width, 3] → [n, …]."""
@@ -109,6 +115,18 @@ class Network:
         if room > count:
             pictures = np.concatenate([pictures, np.zeros((room - count, *pictures.shape[1:]), np.uint8)])
         return np.asarray(self._call(pictures), np.float32)[:count]
+
+    def _alone_or_together(self, proven: bool) -> Network:
+        """The network that takes one picture a call, where more would change an answer."""
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        pictures = rng.integers(0, 256, (_TRIALS, self.height, self.width, 3), dtype=np.uint8)
+        black = np.zeros_like(pictures[0])
+        verdict = row_proof.tried(lambda rows: self.run(np.stack(rows)), pictures, [black], most=self.most)
+        sharing = row_proof.sharing(row_proof.Sharing.REQUESTS, verdict, proven)
+        about = row_proof.details(sharing, verdict, proven)
+        return replace(self, most=1 if sharing is row_proof.Sharing.ROW else self.most, sharing=about)
 
     def _warm_up(self) -> None:
         import numpy as np

@@ -65,6 +65,15 @@ class Column:
     def codes_or_missing(self) -> dict[Any, float]:
         return {**self.codes, None: math.nan}
 
+    @property
+    def numeric(self) -> bool:
+        """Any number may be in it."""
+        return self.categories is None and self.type is ValueType.NUMBER
+
+    def first(self) -> Any:
+        """A value that fits."""
+        return self.categories[0] if self.categories else self.example
+
     def json_schema(self) -> dict[str, Any]:
         if self.type is ValueType.DATE:
             about = "ISO 8601 without a time zone, such as 2024-01-31T12:00:00"
@@ -321,7 +330,7 @@ class Table:
 
     def example_row(self) -> Any:
         """A row that fits: the first category, or the column's example."""
-        values = [c.categories[0] if c.categories else c.example for c in self.columns]
+        values = [c.first() for c in self.columns]
         return dict(zip(self.names, values, strict=True)) if self.named else values
 
 

@@ -5,6 +5,7 @@ Errors name the row and the place in it, such as `inputs[3].picture[0][7]`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,13 +29,15 @@ class Tensor:
     """An input of a model.
 
     `shape` is that of one row, without the batch: None for an axis of any size, None for the whole where the model
-    takes any. `batched`: the model's first axis is the rows; else it takes one row a call.
+    takes any. `batched`: the model's first axis is the rows; else it takes one row a call. `missing`: null is taken
+    as NaN, which the model knows what to do with.
     """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...] | None
     batched: bool = True
+    missing: bool = False
 
     @property
     def scalar(self) -> bool:
@@ -45,7 +48,7 @@ class Tensor:
         """Of one row. A tensor of any shape is anything that JSON can nest."""
         if self.shape is None:
             return {}
-        return value_schema(self.dtype, () if self.scalar else self.shape)
+        return value_schema(self.dtype, () if self.scalar else self.shape, self.missing)
 
     def example(self) -> Any:
         value: Any = {"string": "", "bool": False}.get(self.dtype, 0)
@@ -133,10 +136,11 @@ class Tensors:
             values = [v if type(v) is list else [v] for v in values]
         array = _fitting(tensor, values)
         if array is None:
-            wrong = _checker(tensor.dtype)
+            wrong = _checker(tensor)
+            hint = self._single_hint
             for i, value in enumerate(values, start=first):
                 place = f"inputs[{i}].{tensor.name}" if len(self.all) > 1 else f"inputs[{i}]"
-                _check(value, tensor.shape, wrong, place)
+                _check(value, tensor.shape, wrong, place, hint)
             try:
                 array = np.array(values, dtype=_numpy(tensor.dtype))
             except (ValueError, TypeError, OverflowError) as error:
@@ -148,13 +152,23 @@ class Tensors:
             if array is None or (tensor.dtype == "string" and any(type(v) is list for v in array.flat)):
                 detail = f"the rows do not make one tensor {tensor.name!r}: their shapes differ"
                 raise _problem("wrong_shape", detail, "inputs", "send rows of equal shape together") from cause
-        return array if tensor.batched else array[0]
+        return array if tensor.batched else array[0, ...]
+
+    @property
+    def _single_hint(self) -> str | None:
+        """What a row is where an input has no axis for the rows."""
+        names = [tensor.name for tensor in self.all if not tensor.batched]
+        if not names or len(self.all) == 1:
+            return None
+        shown = json.dumps(self.example_row())[:300]
+        listed = ", ".join(names)[:200]
+        return f"every row has its own {listed}, as the model takes one in a call; send rows such as {shown}"
 
 
-def value_schema(dtype: str, shape: Sequence[int | None]) -> dict[str, Any]:
+def value_schema(dtype: str, shape: Sequence[int | None], missing: bool = False) -> dict[str, Any]:
     """JSON schema of a tensor's value."""
     if dtype in FLOATS:
-        schema: dict[str, Any] = {"type": "number"}
+        schema: dict[str, Any] = {"type": ["number", "null"] if missing else "number"}
     else:
         schema = {"type": {"string": "string", "bool": "boolean"}.get(dtype, "integer")}
     for size in reversed(shape):
@@ -198,8 +212,15 @@ def _fitting(tensor: Tensor, values: list[Any]) -> NDArray[Any] | None:
     return array.astype(_numpy(tensor.dtype)) if fits else None
 
 
-def _checker(dtype: str) -> Callable[[Any], str | None]:
+def _checker(tensor: Tensor) -> Callable[[Any], str | None]:
     """A function that says what is wrong with one value for a tensor of this type, or None."""
+    plain = _plain_checker(tensor.dtype)
+    if not tensor.missing or tensor.dtype not in FLOATS:
+        return plain
+    return lambda value: None if value is None or (type(value) is float and math.isnan(value)) else plain(value)
+
+
+def _plain_checker(dtype: str) -> Callable[[Any], str | None]:
     if dtype == "string":
         return lambda value: None if type(value) is str else "not a string"
     if dtype == "bool":
@@ -234,17 +255,23 @@ def _not_number(value: float, dtype: str) -> str | None:
     return "not finite" if math.isinf(value) else f"too large for {dtype}"
 
 
-def _check(value: Any, shape: tuple[int | None, ...] | None, wrong: Callable[[Any], str | None], place: str) -> None:
+def _check(
+    value: Any,
+    shape: tuple[int | None, ...] | None,
+    wrong: Callable[[Any], str | None],
+    place: str,
+    hint: str | None = None,
+) -> None:
     """Walk one row of a tensor. Raises Problem naming the first element that does not fit."""
     if shape is None:
         if type(value) is list:
             for at, item in enumerate(value):
-                _check(item, None, wrong, f"{place}[{at}]")
+                _check(item, None, wrong, f"{place}[{at}]", hint)
             return
         shape = ()
     if not shape:
         if said := wrong(value):
-            raise _problem("not_finite" if said == "not finite" else "wrong_type", f"{place} is {said}", place)
+            raise _problem("not_finite" if said == "not finite" else "wrong_type", f"{place} is {said}", place, hint)
         return
     if type(value) is not list:
         raise _problem("wrong_shape", f"{place} is not an array", place, f"its shape is {_shown(shape)}")
@@ -252,7 +279,7 @@ def _check(value: Any, shape: tuple[int | None, ...] | None, wrong: Callable[[An
         detail = f"{place} has {len(value)} values; the model takes {shape[0]}"
         raise _problem("wrong_width", detail, place, f"its shape is {_shown(shape)}")
     for at, item in enumerate(value):
-        _check(item, shape[1:], wrong, f"{place}[{at}]")
+        _check(item, shape[1:], wrong, f"{place}[{at}]", hint)
 
 
 def _shown(shape: Sequence[int | None]) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bentos.serving import encoders, hugging_face
+from bentos.serving import encoders, hugging_face, row_proof
 from bentos.serving.hugging_face import Sentences, failed, limit, read_object
 from bentos.serving.model import ModelFolder
 from bentos.serving.problems import Problem, StartError
@@ -38,6 +38,9 @@ MAX_TOTAL = 1_000_000
 _MAX_TOKENS = 4096
 """In one run of the network: the memory of attention grows with it."""
 _LONGEST = 512  # where no file says how long an input may be
+_TRIALS = ("a text", "no", "What does a long text do to a short one, and a short one to a long one?", "and 1 2 3 4 5")
+_MOST_TRIED = 8
+"""Texts of unequal length, whose padding must not change an answer."""
 
 
 def checked(value: Any, place: str) -> str:
@@ -203,6 +206,7 @@ class TextModel:
     """`onnxruntime` or `torch`."""
     _run: Run = field(repr=False)
     _finished: Callable[[Floats], NDArray[np.float64]] = field(repr=False)
+    verdict: row_proof.Verdict = field(default_factory=row_proof.Verdict)
 
     @classmethod
     def load(cls, folder: ModelFolder) -> TextModel:
@@ -216,7 +220,7 @@ class TextModel:
         if not classifier:
             run = _pooled(pretrained.sentences, tokenizer, run, given.ndim)
             given = run(*probe)
-        return cls(
+        model = cls(
             pretrained=pretrained,
             tokenizer=tokenizer,
             labels=_labels(pretrained, given.shape[1]) if classifier else None,
@@ -225,11 +229,14 @@ class TextModel:
             _run=run,
             _finished=_scores(pretrained, given.shape[1]) if classifier else _vectors(pretrained),
         )
+        return replace(
+            model, verdict=row_proof.tried(lambda texts: model(texts).values, _trials(folder), most=_MOST_TRIED)
+        )
 
     def __call__(self, texts: Sequence[Text], place: Callable[[int], str] = "texts[{}]".format) -> Answers:
         """Scores or vectors in the order of the texts. Raises Problem where a text has nothing that can be read.
 
-        Texts of like length share a run, so that little is padded.
+        Texts of like length share a run, so that little is padded; each has its own where that changes the answers.
         """
         prompt = self.pretrained.sentences.prompt if self.labels is None else ""
         encodings = self.tokenizer([prompt + text for text in texts] if prompt else texts)  # type: ignore[operator]
@@ -238,7 +245,8 @@ class TextModel:
                 detail = f"{place(i)} holds nothing that the model's tokenizer knows"
                 raise Problem("empty_text", detail, field=place(i), hint="send a text with at least one word")
         values = np.empty((len(texts), self.width), dtype=np.float64)
-        for rows in _shares([len(encoding.ids) for encoding in encodings]):
+        shares = _shares([len(encoding.ids) for encoding in encodings])
+        for rows in shares if self.verdict.holds else ([row] for row in range(len(texts))):
             batch = self.tokenizer.padded([encodings[row] for row in rows])
             values[rows] = self._finished(self._run(*batch))
         return Answers(values, tuple(i for i, encoding in enumerate(encodings) if encoding.overflowing))
@@ -250,6 +258,7 @@ class TextModel:
             "architecture": self.pretrained.architecture,
             "longest_input_tokens": self.tokenizer.longest,
             "engine": self.engine,
+            **row_proof.details(row_proof.sharing(row_proof.Sharing.REQUEST, self.verdict), self.verdict),
         }
         if self.labels is None:
             about |= {
@@ -276,6 +285,14 @@ def _described(folder: ModelFolder) -> str:
 
 def _is_described(config: Any) -> bool:
     return isinstance(config, dict) and bool({"model_type", "architectures"} & set(config))
+
+
+def _trials(folder: ModelFolder) -> list[str]:
+    """Texts of unequal length, those of the sample first."""
+    sample = folder.sample()
+    given = [sample.get(key) for key in ("inputs", "texts")] if isinstance(sample, dict) else []
+    shown = [each for listed in given if isinstance(listed, list) for each in listed]
+    return [*dict.fromkeys(each for each in shown if isinstance(each, str) and each.strip())][:2] + list(_TRIALS)
 
 
 def _positions(config: dict[str, Any]) -> int:

@@ -20,5 +20,7 @@ class Sklearn:
     @bentoml.api(route="/predict")
     async def predict(self, inputs: list[Any], method: str = "predict") -> dict[str, list[Any]]:
         """One value per row; with `"method": "predict_proba"` a list of probabilities, in the order of /label."""
-        answer: dict[str, list[Any]] = await serving.answer(lambda rows: self.model.outputs(rows, method), inputs)
+        answer: dict[str, list[Any]] = await serving.answer(
+            lambda rows: self.model.outputs(rows, method), inputs, self.model.sharing
+        )
         return answer

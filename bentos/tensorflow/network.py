@@ -13,7 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bentos import serving
+from bentos.serving import keras_rows, tensorflow_rows
 from bentos.serving.networks import as_keras, tensorflow
+from bentos.serving.row_flow import Rows, Value
 from bentos.serving.tensors import DTYPES, Tensor, Tensors, value_schema
 
 _KERAS_HINT = "save it with model.save('model.keras'), once it has been built by an Input or by a first call"
@@ -31,6 +33,8 @@ class Output:
     dtype: str
     shape: tuple[int | None, ...] | None
     batched: bool
+    single: bool = False
+    """Its first axis is always of size 1."""
 
     def json_schema(self) -> dict[str, Any]:
         return {} if self.shape is None or self.dtype not in DTYPES else value_schema(self.dtype, self.shape)
@@ -42,8 +46,10 @@ class Network:
 
     inputs: Tensors
     outputs: tuple[Output, ...]
-    whole: bool
-    """Rows go in together; else one row a call, as the model's batch is fixed or its answer has none."""
+    separable: bool
+    """The model takes several rows in one call."""
+    structure: tuple[Value, ...]
+    """For each output what its graph makes of the rows."""
     call: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     details: Mapping[str, Any]
 
@@ -111,6 +117,8 @@ def _keras(folder: serving.ModelFolder) -> Network:
         dict(zip(outputs, traced.structured_outputs, strict=True)),
         call,
         {"keras": keras.__version__, "parameters": int(model.count_params())},
+        traced,
+        independent=keras_rows.independent(model),
     )
 
 
@@ -151,6 +159,7 @@ def _saved_model(folder: serving.ModelFolder) -> Network:
         dict(sorted(signature.structured_outputs.items())),
         call,
         {"signature": name, "tensorflow": tf.__version__},
+        signature,
     )
 
 
@@ -189,7 +198,10 @@ def _network(
     outputs: Mapping[str, Any],
     call: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     details: Mapping[str, Any],
+    function: Any,
+    independent: bool = False,
 ) -> Network:
+    """`function` is what `call` runs; `independent`: its layers are known to answer each row by itself."""
     if not specs:
         raise serving.StartError("model_load_failed", "the model has no inputs", "export a model with inputs")
     tensors = Tensors(tuple(_tensor(name, spec) for name, spec in specs.items()))
@@ -204,8 +216,13 @@ def _network(
     if tensors.batched and any(size != 1 for size in fixed):
         message = f"the model takes exactly {min(fixed, key=str)} rows at once"
         raise serving.StartError("model_load_failed", message, "export it with a first axis of None")
-    whole = tensors.batched and not fixed and all(each.batched for each in given)
-    return Network(tensors, given, whole, call, details)
+    structure = tensorflow_rows.structure(function, len(given), tensors.free)
+    if independent:
+        structure = tuple(
+            found if isinstance(found, Rows) or each.shape is None else Rows(len(each.shape) + 1)
+            for found, each in zip(structure, given, strict=True)
+        )
+    return Network(tensors, given, tensors.batched and not fixed, structure, call, details)
 
 
 def _batch(spec: Any) -> int | None:
@@ -224,8 +241,9 @@ def _tensor(name: str, spec: Any) -> Tensor:
 def _output(name: str, spec: Any) -> Output:
     rank = spec.shape.rank
     batched = rank is None or (rank > 0 and spec.shape[0] is None)
-    sizes = None if rank is None else tuple(spec.shape[1:] if batched or (rank and spec.shape[0] == 1) else spec.shape)
-    return Output(name, spec.dtype.name, sizes, batched)
+    single = bool(rank) and spec.shape[0] == 1
+    sizes = None if rank is None else tuple(spec.shape[1:] if batched or single else spec.shape)
+    return Output(name, spec.dtype.name, sizes, batched, single)
 
 
 def _failed(what: str, error: Exception, hint: str) -> serving.StartError:

@@ -36,6 +36,7 @@ class Violation:
                 "height": network.height,
                 "width": network.width,
                 "parameters": network.parameters,
+                **network.sharing,
             },
         )
 

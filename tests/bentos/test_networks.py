@@ -92,3 +92,19 @@ def test_two_outputs_and_damage_are_refused(saved: tuple[Any, Path], tmp_path: P
     (tmp_path / "cut.keras").write_bytes(path.read_bytes()[:-200])
     with pytest.raises(StartError, match="cannot be loaded"):
         Network.load(tmp_path / "cut.keras")
+
+
+def _less_the_mean(x: Any) -> Any:
+    means = layers.GlobalAveragePooling2D()(x)
+    return means - keras.ops.mean(means, axis=0, keepdims=True)
+
+
+def test_pictures_that_change_one_another_go_one_by_one(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    _, path = saved
+    assert Network.load(path, most=4).sharing == {"rows_share_a_call": "requests"}
+    model = network(last=_less_the_mean)
+    model.save(tmp_path / "n.keras")
+    loaded = Network.load(tmp_path / "n.keras", most=4)
+    assert (loaded.most, loaded.sharing["rows_share_a_call"]) == (1, "row")
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    assert loaded.run(pictures) == pytest.approx(np.zeros((3, 4)), abs=1e-6)

@@ -196,3 +196,110 @@ def test_a_file_is_read_as_onnx_whatever_its_name_says(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     folder = write_model(tmp_path / "m", kind="onnx", format="onnx", files={"m.ort": tmp_path / "m.onnx"})
     assert Model(folder).outputs([[1, -1]]) == [[1.0, 0.0]]
+
+
+def _found() -> list[Any]:
+    """Where a value is above a half: as many places as there are."""
+    node = helper.make_node
+    return [
+        node("Greater", ["x", "bound"], ["above"]),
+        node("NonZero", ["above"], ["places"]),
+        node("Transpose", ["places"], ["found"], perm=[1, 0]),
+    ]
+
+
+def _detector(rows: int | str) -> Any:
+    inputs = [("x", TensorProto.FLOAT, [rows, 4])]
+    outputs = [("found", TensorProto.INT64, ["boxes", 2])]
+    return _graph(_found(), inputs, outputs, [numpy_helper.from_array(np.float32(0.5), "bound")])
+
+
+@pytest.mark.parametrize("rows", [1, "N"])
+def test_what_a_detector_finds_in_a_row_is_one_list(tmp_path: Path, rows: int | str) -> None:
+    """The nesting changed with the number of finds, and rows answered with the finds of others."""
+    model = _model(tmp_path, _detector(rows))
+    assert model.about.details["rows_share_a_call"] == "row"
+    for row, found in [([0, 0, 0, 0], []), ([0, 0, 0, 1], [[0, 3]]), ([1, 0, 0, 1], [[0, 0], [0, 3]])]:
+        assert model.outputs([row]) == [found]
+    assert model.outputs([[1, 0, 0, 1], [0, 0, 0, 0]]) == [[[0, 0], [0, 3]], []]
+
+
+@pytest.mark.parametrize("names", [("N", "K"), (None, None)])
+def test_a_first_axis_that_is_not_the_rows_is_no_answer_to_them(tmp_path: Path, names: tuple[Any, Any]) -> None:
+    graph = _graph(
+        [helper.make_node("Transpose", ["x"], ["y"], perm=[1, 0])],
+        [("x", TensorProto.FLOAT, list(names))],
+        [("y", TensorProto.FLOAT, list(names[::-1]))],
+    )
+    model = _model(tmp_path, graph)
+    assert model.outputs([[1, 2], [3, 4]]) == [[[1], [2]], [[3], [4]]]  # two columns by chance, like the rows
+    assert model.outputs([[1, 2, 3], [4, 5, 6]]) == [[[1], [2], [3]], [[4], [5], [6]]]
+
+
+def _trees(missing: int) -> Any:
+    node = helper.make_node(
+        "TreeEnsembleRegressor", ["x"], ["y"], domain="ai.onnx.ml", n_targets=1,
+        nodes_treeids=[0, 0, 0], nodes_nodeids=[0, 1, 2], nodes_featureids=[0, 0, 0], nodes_values=[0.5, 0.0, 0.0],
+        nodes_modes=["BRANCH_LT", "LEAF", "LEAF"], nodes_truenodeids=[1, 0, 0], nodes_falsenodeids=[2, 0, 0],
+        nodes_missing_value_tracks_true=[missing, 0, 0], target_treeids=[0, 0], target_nodeids=[1, 2],
+        target_ids=[0, 0], target_weights=[10.0, 20.0],
+    )  # fmt: skip
+    return _graph([node], [("x", TensorProto.FLOAT, ["N", 2])], [("y", TensorProto.FLOAT, ["N", 1])])
+
+
+def test_a_missing_value_goes_where_trees_send_it(tmp_path: Path) -> None:
+    model = _model(tmp_path, _trees(missing=1))
+    assert model.outputs([[None, 0], [float("nan"), 0], [0.9, None]]) == [[10], [10], [20]]
+    assert model.tensors.row_schema()["anyOf"][0]["items"] == {"type": ["number", "null"]}
+    assert model.about.details["rows_share_a_call"] == "request"
+    assert _refused(_model(tmp_path / "none", _trees(missing=0)), [None, 0]).code == "wrong_type"
+
+
+def test_a_scalar_beside_the_rows_comes_with_each_row(tmp_path: Path) -> None:
+    def graph(shape: list[Any]) -> Any:
+        inputs = [("x", TensorProto.FLOAT, shape), ("t", TensorProto.FLOAT, [])]
+        return _graph([helper.make_node("Mul", ["x", "t"], ["y"])], inputs, [("y", TensorProto.FLOAT, shape)])
+
+    model = _model(tmp_path, graph(["N", 2]))
+    assert model.outputs([{"x": [1, 2], "t": 3}, {"x": [1, 2], "t": 4}]) == [[3, 6], [4, 8]]
+    model = _model(tmp_path / "one", graph(["N"]))
+    assert model.outputs([{"x": 1, "t": 3}, {"x": 2, "t": 3}]) == [3, 6]
+    problem = _refused(model, {"x": [1, 2], "t": 3})
+    assert (problem.code, problem.field) == ("wrong_type", "inputs[0].x")
+    assert "every row has its own t" in (problem.hint or "")
+
+
+def test_an_input_of_any_shape_is_no_scalar(tmp_path: Path) -> None:
+    graph = _graph(
+        [helper.make_node("Neg", ["x"], ["y"])], [("x", TensorProto.FLOAT, None)], [("y", TensorProto.FLOAT, None)]
+    )
+    model = _model(tmp_path, graph)
+    assert model.outputs([[1, 2]]) == [[-1, -2]]
+    assert model.outputs([3, [[4]]]) == [-3, [[-4]]]
+
+
+def test_a_sequence_is_the_answer_to_one_row(tmp_path: Path) -> None:
+    graph = _graph(
+        [helper.make_node("SplitToSequence", ["x"], ["parts"], axis=1)], [("x", TensorProto.FLOAT, ["N", 2])], []
+    )
+    tensors = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+    graph.graph.output.append(helper.make_value_info("parts", tensors))
+    assert _model(tmp_path, graph).outputs([[1, 2], [3, 4]]) == [[[[1]], [[2]]], [[[3]], [[4]]]]
+
+
+def test_a_network_that_draws_at_random_is_asked_row_by_row_and_says_so(tmp_path: Path) -> None:
+    graph = _graph(
+        [helper.make_node("RandomNormalLike", ["x"], ["noise"]), helper.make_node("Add", ["x", "noise"], ["y"])],
+        [("x", TensorProto.FLOAT, ["N", 2])],
+        [("y", TensorProto.FLOAT, ["N", 2])],
+    )
+    details = _model(tmp_path, graph).about.details
+    assert (details["rows_share_a_call"], details["random"]) == ("row", True)
+
+
+def test_a_network_that_is_trained_further_by_its_calls_is_refused(tmp_path: Path) -> None:
+    ones, zeros = numpy_helper.from_array(np.ones(2, np.float32), "o"), numpy_helper.from_array(np.zeros(2, "f4"), "z")
+    node = helper.make_node("BatchNormalization", ["x", "o", "z", "z", "o"], ["y", "mean", "var"], training_mode=1)
+    graph = _graph([node], [("x", TensorProto.FLOAT, ["N", 2])], [("y", TensorProto.FLOAT, ["N", 2])], [ones, zeros])
+    with pytest.raises(StartError, match="depends on the calls before"):
+        _model(tmp_path, graph)

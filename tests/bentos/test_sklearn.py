@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import skops.io
+from scipy.sparse import csr_matrix
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import make_classification
+from sklearn.decomposition import NMF
 from sklearn.ensemble import (
     GradientBoostingRegressor,
     HistGradientBoostingClassifier,
@@ -24,10 +26,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multioutput import MultiOutputClassifier
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.svm import SVC
 
@@ -162,3 +166,43 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path, data: bytes) -> None:
         _open(tmp_path)
     assert raised.value.code == "model_load_failed"
     assert "m.skops" in raised.value.message
+
+
+def _plain_rows(model: Model, method: str) -> list[Any]:
+    return model.outputs(DATA[:4].tolist(), method)
+
+
+def test_probabilities_of_several_outputs_are_sorted_by_row(tmp_path: Path) -> None:
+    """scikit-learn lists them by output; four outputs and four rows looked like an answer."""
+    targets = np.stack([LABELS, 1 - LABELS, DATA[:, 0] > 0, DATA[:, 1] > 0], axis=1).astype(int)
+    estimator = MultiOutputClassifier(LogisticRegression()).fit(DATA, targets)
+    model = _model(tmp_path, estimator)
+    truth = [[part[0].tolist() for part in estimator.predict_proba(DATA[i : i + 1])] for i in range(4)]
+    for answer, row in zip(_plain_rows(model, "predict_proba"), truth, strict=True):
+        assert np.allclose(answer, row)
+    assert model.about.details["rows_share_a_call"] == "request"
+
+
+def test_sparse_predictions_are_rows(tmp_path: Path) -> None:
+    targets = csr_matrix(np.stack([LABELS, 1 - LABELS], axis=1))
+    estimator = OneVsRestClassifier(LogisticRegression()).fit(DATA, targets)
+    assert not isinstance(estimator.predict(DATA[:1]), np.ndarray)
+    assert _plain_rows(_model(tmp_path, estimator), "predict") == estimator.predict(DATA[:4]).toarray().tolist()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        FunctionTransformer(np.mean, kw_args={"axis": 0, "keepdims": True}),
+        NMF(2, init="nndsvda", max_iter=2000),
+    ],
+    ids=["mean of all rows", "factorisation of all rows"],
+)
+def test_a_step_over_all_rows_is_asked_row_by_row(tmp_path: Path, step: Any) -> None:
+    rows = np.abs(DATA)
+    last = LinearRegression().fit(step.fit(rows).transform(rows)[:1].repeat(3, axis=0), [1.0, 2.0, 3.0])
+    pipeline = Pipeline([("all", step), ("last", last)])
+    model = _model(tmp_path, pipeline)
+    assert model.about.details["rows_share_a_call"] == "row"
+    alone = [pipeline.predict(rows[i : i + 1])[0] for i in range(4)]
+    assert np.allclose(model.outputs(rows[:4].tolist()), alone)

@@ -27,6 +27,7 @@ keras = importlib.import_module("keras")
 
 
 def _keras(tmp_path: Path, model: Any, name: str = "m.keras") -> ModelFolder:
+    tmp_path.mkdir(exist_ok=True)
     model.save(tmp_path / "saved.keras")
     files = {name: tmp_path / "saved.keras"}
     return write_model(tmp_path / "m", kind="tensorflow", format="keras-v3", files=files)
@@ -314,3 +315,57 @@ def test_what_was_never_built_or_is_damaged_is_told(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(StartError, match="SavedModel"):
         Model(saved)
+
+
+class Called(tf.Module):  # type: ignore[misc]
+    """A function of rows of two numbers."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.count = tf.Variable(0.0)
+        signature = [tf.TensorSpec([None, 2], tf.float32, name="x")]
+        self.function = tf.function(lambda x: function(self, x), input_signature=signature, autograph=False)
+
+
+def _called(tmp_path: Path, function: Any) -> Model:
+    module = Called(function)
+    signatures = {"serving_default": module.function}
+    return Model(_saved(tmp_path, lambda place: tf.saved_model.save(module, place, signatures=signatures)))
+
+
+@pytest.mark.parametrize(
+    ("function", "row", "truth"),
+    [
+        (lambda _, x: x - tf.reduce_mean(x, 0, keepdims=True), [1, 3], [0, 0]),
+        (lambda _, x: tf.where(x > 0.5), [1, 0], [[0, 0]]),
+        (lambda _, x: tf.transpose(x), [1, 3], [[1], [3]]),
+        (lambda _, x: tf.reverse(x, [0]), [1, 3], [1, 3]),
+        (lambda _, x: x + tf.cast(tf.reduce_any(x > 1e9), tf.float32), [1, 3], [1, 3]),
+    ],
+    ids=["normalised", "boxes", "turned", "reversed", "a rare signal"],
+)
+def test_no_request_is_answered_with_what_another_asked(tmp_path: Path, function: Any, row: Any, truth: Any) -> None:
+    """Rows of several requests went into one call: one caller got another's finds."""
+    model = _called(tmp_path, function)
+    assert model.about.details["rows_share_a_call"] == "row"
+    others = [[float(i), -float(i)] for i in range(8)]
+
+    async def all_at_once() -> list[Any]:
+        return await asyncio.gather(*(model.together([each]) for each in [*others, row, *others]))
+
+    answers = asyncio.run(all_at_once())
+    assert answers[len(others)] == [truth]
+    assert answers[: len(others)] == answers[len(others) + 1 :]
+
+
+def test_a_model_that_remembers_its_calls_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="depends on the calls before"):
+        _called(tmp_path, lambda module, x: x + module.count.assign_add(1.0))
+
+
+def test_layers_that_answer_each_row_by_itself_share_calls(tmp_path: Path) -> None:
+    loop = keras.Sequential([keras.Input((3, 2)), keras.layers.LSTM(2), keras.layers.Dense(1)])
+    assert Model(_keras(tmp_path, loop)).about.details["rows_share_a_call"] == "requests"
+    steps = keras.Input((3, 2))
+    mixed = keras.Model(steps, keras.layers.Softmax(axis=-3)(keras.layers.LSTM(2, return_sequences=True)(steps)))
+    assert Model(_keras(tmp_path / "mixed", mixed)).about.details["rows_share_a_call"] == "row"
