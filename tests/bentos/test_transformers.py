@@ -188,10 +188,11 @@ def test_pooling_and_normalisation_are_as_sentence_transformers_saved_them(
     ]
     chosen = {f"pooling_mode_{name}": key == pooling for key, name in keys.items()}
     files |= {"modules.json": json.dumps(modules).encode(), "1_Pooling/config.json": json.dumps(chosen).encode()}
-    # beside a longer text, so that two tokens are padded
-    hidden = tokens([2, 4, 7, 3], padding=2 if left else 0)
+    hidden = tokens([2, 4, 7, 3])
     truth = {"mean": hidden.mean(0), "cls": hidden[0], "max": hidden.max(0), "lasttoken": hidden[-1]}[pooling]
     model = texts.TextModel.load(folder(tmp_path, files))
+    # padding at the left moves the positions of this network, so that a longer text would change the answer to another
+    assert model.verdict.holds is not left
     values = model(["blue sky", "red tree green blue"]).values[0]
     np.testing.assert_allclose(values, truth / np.linalg.norm(truth), rtol=1e-4, atol=1e-5)
 
