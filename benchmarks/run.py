@@ -18,7 +18,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from benchmarks import build, cluster, crowd, digests, hostile_uploads, kinds, layers, neighbours, serve, upload
+from benchmarks import (
+    build, cluster, crowd, digests, fuzz, hostile_uploads, kinds, layers, neighbours, serve, upload,
+)  # fmt: skip
 from benchmarks.figures import RAW, REPORT, Absent, Figure, Measured, entry, merge, write_raw
 from benchmarks.parts import WORK, Bench
 
@@ -28,7 +30,11 @@ Measure = Callable[[Bench], Measured]
 VERBS: dict[str, dict[str, dict[Figure, Measure]]] = {
     "build": {"build": build.FIGURES, "layers": layers.FIGURES, "digests": digests.FIGURES},
     "upload": {"upload": upload.FIGURES},
-    "uploads": {"hostile_uploads": hostile_uploads.FIGURES, "neighbours": neighbours.FIGURES},
+    "uploads": {
+        "hostile_uploads": hostile_uploads.FIGURES,
+        "neighbours": neighbours.FIGURES,
+        "fuzz": fuzz.FIGURES,
+    },  # fmt: skip
     "serve": {"serve": serve.FIGURES},
     "models": {"models": kinds.FIGURES},
     "cluster": {"cluster": cluster.FIGURES, "crowd": crowd.FIGURES},

@@ -23,6 +23,12 @@ _LARGEST_TREE = 256 * 1024 * 1024
 _LONGEST_HEADER = 200  # lines
 _BOM = b"\xef\xbb\xbf"
 
+# arrays of a tree that need not be there: how many values fewer than leaves they have
+_OPTIONAL_ARRAYS = {
+    b"split_gain": 1, b"internal_value": 1, b"internal_weight": 1, b"internal_count": 1, b"leaf_weight": 0,
+    b"leaf_count": 0,
+}  # fmt: skip
+
 _TASKS = {
     "binary": "binary",
     "cross_entropy": "binary",
@@ -155,6 +161,10 @@ def _tree_fault(body: bytes, width: int) -> str | None:
         for key in (b"threshold", b"decision_type", b"split_feature", b"left_child", b"right_child"):
             if len(arrays[key].split()) != leaves - 1:
                 return f"{key.decode()} has not as many values as there are splits"
+        for key, count in ((key, leaves - per_split) for key, per_split in _OPTIONAL_ARRAYS.items()):
+            # LightGBM ends its process over one of another length
+            if key in arrays and len(arrays[key].split()) != count:
+                return f"{key.decode()} has not as many values as there are {'leaves' if count == leaves else 'splits'}"
         children = sorted(map(int, (arrays[b"left_child"] + b" " + arrays[b"right_child"]).split()))
         if children != [*range(-leaves, 0), *range(1, leaves - 1)]:
             return "its nodes do not form a tree"

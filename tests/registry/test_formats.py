@@ -596,6 +596,21 @@ def test_skops_with_a_pickled_array_is_refused():
         assert refused(data).code == "pickle_refused"
 
 
+@pytest.mark.parametrize(
+    "array", ["split_gain", "internal_value", "internal_weight", "internal_count", "leaf_weight", "leaf_count"]
+)
+def test_a_tree_one_of_whose_optional_arrays_is_short_is_refused(made, array):
+    """LightGBM ends its process over it."""
+    text = made("lightgbm-binary").decode()
+    start = text.index(f"\n{array}=")
+    end = text.index("\n", start + 1)
+    cut = text.rindex(" ", start, end)
+    body = text[:cut] + " " * (end - cut) + text[end:]  # of the same length: tree_sizes still fit
+    fault = refused(body.encode())
+    assert fault.code == "invalid_model"
+    assert array in fault.detail
+
+
 # others
 
 
