@@ -18,9 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from benchmarks import (
-    build, cluster, crowd, digests, fuzz, hostile_uploads, kinds, layers, neighbours, serve, upload,
-)  # fmt: skip
+from benchmarks import build, cluster, crowd, digests, fuzz, hostile_uploads, kinds, layers, neighbours, serve, upload
 from benchmarks.figures import RAW, REPORT, Absent, Figure, Measured, entry, merge, write_raw
 from benchmarks.parts import WORK, Bench
 
@@ -34,7 +32,7 @@ VERBS: dict[str, dict[str, dict[Figure, Measure]]] = {
         "hostile_uploads": hostile_uploads.FIGURES,
         "neighbours": neighbours.FIGURES,
         "fuzz": fuzz.FIGURES,
-    },  # fmt: skip
+    },
     "serve": {"serve": serve.FIGURES},
     "models": {"models": kinds.FIGURES},
     "cluster": {"cluster": cluster.FIGURES, "crowd": crowd.FIGURES},
