@@ -8,6 +8,7 @@ Everything else is the same code, so that the difference of two uploads is the c
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 
@@ -21,7 +22,9 @@ from build_service.settings import Settings
 def main() -> int:
     settings = Settings()
     with socket.create_server((settings.host, settings.port), backlog=2048) as listening:
-        application = create_app(settings, port=listening.getsockname()[1], examine=InProcess)
+        application = create_app(
+            settings, port=listening.getsockname()[1], environment=dict(os.environ), examine=InProcess
+        )
         config = uvicorn.Config(application, log_config=None, access_log=False)
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(uvicorn.Server(config).serve(sockets=[listening]))

@@ -20,8 +20,9 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 from sqlalchemy.exc import OperationalError
 
-from build_service import VERSION, commands
+from build_service import VERSION, commands, environment
 from build_service.settings import Settings
+from registry.confinement import kernel
 from registry.errors import EkibenError
 
 _DRAIN_SECONDS = 10
@@ -80,12 +81,16 @@ def _serve(settings: Settings) -> int:
         )
         return 1
     sys.setswitchinterval(_SWITCH_SECONDS)
+    kernel.hide()
     leaving = threading.Event()
     try:
-        application = create_app(settings, port=listening.getsockname()[1], leaving=leaving)
+        application = create_app(
+            settings, port=listening.getsockname()[1], environment=dict(os.environ), leaving=leaving
+        )
     except (EkibenError, OperationalError) as error:
         commands.explain(error)
         return 1
+    environment.forget()
     config = uvicorn.Config(
         application,
         http=Protocol,
@@ -162,7 +167,7 @@ def _print_openapi(settings: Settings) -> int:
         alone = settings.model_copy(
             update={"home": Path(folder), "platform": "local", "database": None, "s3_endpoint": None, "mlflow": False}
         )
-        document = create_app(alone, port=Settings.model_fields["port"].default).fastapi.openapi()
+        document = create_app(alone, port=Settings.model_fields["port"].default, environment={}).fastapi.openapi()
     print(json.dumps(document, indent=1, sort_keys=True))
     return 0
 

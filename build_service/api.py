@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from typing import Annotated, Any, TypeVar
 
@@ -122,11 +122,12 @@ class Service:
         links: Callable[[], views.Links],
         forget: Callable[[], None],
         examine: recognition.Examine,
+        catalogue_environment: Mapping[str, str],
     ) -> None:
         self.settings, self.database, self.store, self.kinds = settings, database, store, kinds
         self.platform, self.reconciler, self._links = platform, reconciler, links
         self._forget, self._examine = forget, examine
-        self._importer = imports.Importer(settings)
+        self._importer = imports.Importer(settings, catalogue_environment)
         self._limits = intake.Limits(
             settings.max_upload, settings.max_files, settings.max_field, settings.min_free_disk, settings.root,
             settings.max_form_parts,

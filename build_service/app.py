@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +37,10 @@ from build_service import (
     views,
 )  # fmt: skip
 from build_service.bodies import SmallBodies
+from build_service.environment import for_catalogue
 from build_service.headers import Rules
 from build_service.local import LocalPlatform
+from build_service.own_log import OwnLog
 from build_service.platform import InUse, Platform
 from build_service.projection import Projection
 from build_service.recognition import Bounds, Examine, Forkserver
@@ -72,10 +74,16 @@ class Application:
 
 
 def create_app(
-    settings: Settings, *, port: int, leaving: threading.Event | None = None, examine: Examine | None = None
+    settings: Settings,
+    *,
+    port: int,
+    environment: Mapping[str, str],
+    leaving: threading.Event | None = None,
+    examine: Examine | None = None,
 ) -> Application:
-    """The service with its parts; they start with the application's lifespan. `port` is where it listens, `examine`
-    what uploads are recognised by (default: bounded children)."""
+    """Make the service with its parts; they start with the application's lifespan. `port` is where it listens,
+    `environment` what it was started in, of which its programs get what they need, `examine` what uploads are
+    recognised by (default: bounded children)."""
     root = settings.root
     lock = _claim(root)
     (root / "url").unlink(missing_ok=True)
@@ -84,7 +92,7 @@ def create_app(
     database = Database(settings.database_url)
     try:
         migrate.migrate(database)
-        store, place = _store(settings)
+        store, place = _store(settings, environment)
     except EkibenError:
         database.close()
         os.close(lock)
@@ -100,9 +108,11 @@ def create_app(
     platform = place(kinds, routes, lambda: waker[0]() if waker else None, lambda: _digests(settings, database))
     reconciler = Reconciler(settings, database, platform, owner)
     waker.append(reconciler.wake)
-    projection = Projection(database, root, store, settings.tracking_uri) if settings.mlflow else None
+    catalogue = for_catalogue(environment)
+    projection = Projection(database, root, store, settings.tracking_uri, catalogue) if settings.mlflow else None
     in_use = platform.in_use if isinstance(platform, LocalPlatform) else InUse
     sweeper = cleanup.Sweeper(settings, database, store, in_use)
+    own_log = OwnLog(root / "server.log", settings.log_bytes)
     default = Remembered(lambda: _default(database))
     valid = Remembered(lambda: _digests(settings, database, own_token))
     inference = Router(
@@ -122,8 +132,9 @@ def create_app(
     forkserver = Forkserver(
         Bounds(settings.recognition_memory, settings.recognition_seconds, settings.recognitions_at_once)
     )
+    begin = examine or forkserver.begin
     service = api.Service(
-        settings, database, store, kinds, platform, reconciler, lambda: links, forget, examine or forkserver.begin
+        settings, database, store, kinds, platform, reconciler, lambda: links, forget, begin, catalogue
     )
 
     @asynccontextmanager
@@ -132,6 +143,7 @@ def create_app(
             forkserver.start()
         reconciler.start()
         sweeper.start()
+        own_log.start()
         if projection is not None:
             projection.start()
         # Where a client on this machine finds the service, whatever port it took.
@@ -150,6 +162,7 @@ def create_app(
             local_token.withdraw(root)
             reconciler.close()
             sweeper.close()
+            own_log.close()
             if projection is not None:
                 projection.close()
             platform.close()
@@ -169,7 +182,8 @@ def create_app(
     )
     problems.install(app)
     app.include_router(api.router(service))
-    _system_routes(app, database, root, leaving or threading.Event())
+    bounds = platform.launcher.bounds() if isinstance(platform, LocalPlatform) else {}
+    _system_routes(app, database, root, leaving or threading.Event(), bounds)
 
     small = SmallBodies(app, settings.upload_idle_seconds)
 
@@ -197,11 +211,13 @@ def create_app(
 Place = Callable[[Kinds, RouteTable, Callable[[], None], Callable[[], frozenset[str]]], Platform]
 
 
-def _store(settings: Settings) -> tuple[ObjectStore, Place]:
+def _store(settings: Settings, environment: Mapping[str, str]) -> tuple[ObjectStore, Place]:
     """Where versions are kept, and what makes the platform that works with that store."""
     if settings.platform == "local":
         kept = storage.make(settings)
-        return kept, lambda _kinds, routes, wake, _tokens: LocalPlatform(settings, kept, routes, wake)
+        return kept, lambda kinds, routes, wake, _tokens: LocalPlatform(
+            settings, kept, kinds, routes, wake, environment
+        )
     from build_service.kubernetes.platform import KubernetesPlatform  # half a second, for those who use it
 
     # The loop asks again by itself, and has more to do meanwhile.
@@ -215,7 +231,9 @@ def _own_url(settings: Settings, port: int) -> str:
     return f"http://localhost:{port}"
 
 
-def _system_routes(app: FastAPI, database: Database, root: Path, leaving: threading.Event) -> None:
+def _system_routes(
+    app: FastAPI, database: Database, root: Path, leaving: threading.Event, bounds: Mapping[str, str]
+) -> None:
     @app.get("/livez", tags=["system"], operation_id="livez", response_class=PlainTextResponse)
     def livez() -> str:
         return "ok\n"
@@ -234,7 +252,7 @@ def _system_routes(app: FastAPI, database: Database, root: Path, leaving: thread
 
     @app.get("/version", tags=["system"], operation_id="version")
     def version() -> dict[str, str]:
-        return {"version": VERSION, "home": str(root)}
+        return {"version": VERSION, "home": str(root), **bounds}
 
     @app.get("/", include_in_schema=False)
     def index() -> Response:

@@ -16,9 +16,6 @@ _PORTS = {"http": 80, "https": 443}
 # Headers of which a second one may be read in place of the first.
 _SINGLE = frozenset((b"host", b"origin", b"authorization", b"content-length", b"content-type", b"transfer-encoding"))
 
-AMBIGUOUS = frozenset(("malformed_request", "bad_host", "bad_target"))
-"""Codes of requests that two readers could read in two ways."""
-
 Headers = Sequence[tuple[bytes, bytes]]
 
 

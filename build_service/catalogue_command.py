@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,14 +19,16 @@ _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOU
 class CatalogueCommand:
     """One run, with the pipes of `process`; it has ended when the block ends."""
 
-    def __init__(self, root: Path, uri: str) -> None:
-        environment = {**_PATIENCE, **os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    def __init__(self, root: Path, uri: str, outer: Mapping[str, str]) -> None:
+        """`outer`: what of the service's environment the command sees."""
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+        environment = {**_PATIENCE, **outer, **quiet, "EKIBEN_MLFLOW_URI": uri}
         log_file = root / "mlflow.log"
         if log_file.exists() and log_file.stat().st_size > _LARGEST_LOG:
             log_file.unlink(missing_ok=True)
         with log_file.open("ab") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "registry.catalogue", "--uri", uri],
+                [sys.executable, "-m", "registry.catalogue"],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -21,7 +21,7 @@ from typing import Any
 import structlog
 from sqlalchemy.exc import OperationalError
 
-from build_service.authority import AMBIGUOUS, Authority, check_framing, check_target, host_of, same_origin
+from build_service.authority import Authority, check_framing, check_target, host_of, same_origin
 from build_service.http_protocol import TARGET
 from build_service.problems import of_database, problem_response
 from build_service.remembered import Remembered
@@ -90,9 +90,7 @@ class Guard:
         try:
             await self._check(scope, headers, origin, inference)
         except EkibenError as error:
-            # After a request that can be read in two ways, what follows on the connection can be too.
-            closing = {"Connection": "close"} if error.code in AMBIGUOUS else None
-            await problem_response(error, closing)(scope, receive, answer)
+            await problem_response(error)(scope, receive, answer)
         except OperationalError as error:  # it knows the tokens
             await problem_response(of_database(error))(scope, receive, answer)
         else:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +42,9 @@ class Imported:
 
 
 class Importer:
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, outer: Mapping[str, str]) -> None:
+        """`outer`: what of the service's environment the command that reads from MLflow sees."""
+        self._settings, self._outer = settings, outer
         self._folder = settings.root / "imports"
         self._room = asyncio.Semaphore(_AT_ONCE)
         shutil.rmtree(self._folder, ignore_errors=True)  # what an earlier service was fetching
@@ -71,7 +72,7 @@ class Importer:
             "id": 1, "action": "fetch", **source.to_json(), "into": str(folder),
             "max_bytes": settings.max_upload, "max_files": settings.max_files,
         }  # fmt: skip
-        with CatalogueCommand(settings.root, settings.tracking_uri) as command:
+        with CatalogueCommand(settings.root, settings.tracking_uri, self._outer) as command:
             assert command.process.stdin is not None
             assert command.process.stdout is not None
             with suppress(BrokenPipeError):  # it has ended already: that is told below

@@ -13,10 +13,9 @@ import http.client
 import json
 import os
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +24,20 @@ from typing import Any
 import structlog
 
 from build_service import processes
+from build_service.launch import DISK_EVERY, Bounded, Launcher, Serving, out_of_memory
 from build_service.logs import followed, lines, printed
 from build_service.platform import BuildOrder, BuildStatus, Failure, InUse, Observed, RevisionOrder
 from build_service.quantities import parse_memory
 from build_service.routes import RouteTable, Upstream
-from build_service.settings import Settings
+from build_service.settings import MIB, Settings
 from build_service.sockets import SocketFolder, UnixConnection
 from registry.errors import UserError
+from registry.kinds import Kinds
 from registry.store import ObjectStore
 
 log = structlog.get_logger(__name__)
 
 _TICK_BUSY, _TICK_IDLE = 0.05, 0.5  # seconds between two looks at the processes
-_MEMORY_EVERY = 0.5  # seconds between two measurements of the memory of processes
 _RESTART_FIRST, _RESTART_LONGEST = 0.5, 30.0  # seconds before a process that died is started again
 _HEALTHY_SECONDS = 60.0  # a process that was ready for this long has nothing to do with the crashes before it
 _TERM_SECONDS = 10.0  # time between SIGTERM and SIGKILL
@@ -45,42 +45,39 @@ _PROBE_SECONDS = 1.0  # that a process may be silent when it is asked whether it
 _METADATA_SECONDS = 5.0
 _PROBES_AT_ONCE = 16
 _STARTING = max(2, os.cpu_count() or 1)  # processes of a deployment that start at once: each takes a core for a while
-_KEPT_LOGS = 20  # files of a deployment
-
-# What a serving process may know of this service's environment: nothing that could be a secret.
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
-# What a build may not know.
-_WITHHELD = (
-    "EKIBEN_TOKEN", "EKIBEN_DATABASE", "EKIBEN_MLFLOW_URI", "EKIBEN_S3_ACCESS_KEY", "EKIBEN_S3_SECRET_KEY",
-    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MINIO_SECRET_KEY", "MINIO_ROOT_PASSWORD",
-)  # fmt: skip
 
 
 @dataclass(eq=False)
 class _Build:
     order: BuildOrder
-    child: processes.Child
+    process: Bounded
     folder: Path
     started: float
-    killed: Failure | None = None
-    measured: float = 0.0
+
+    @property
+    def child(self) -> processes.Child:
+        return self.process.child
 
 
 @dataclass(eq=False)
 class _Replica:
     order: RevisionOrder
-    child: processes.Child
+    process: Serving
     upstream: Upstream
-    termination: Path
-    log: Path
     started: float
     probed: bool = False  # at this moment
     ready: bool = False
     ready_since: float = 0.0
     draining_since: float | None = None
     terminated: float | None = None
-    measured: float = 0.0
-    killed: Failure | None = None
+
+    @property
+    def child(self) -> processes.Child:
+        return self.process.child
+
+    @property
+    def log(self) -> Path:
+        return self.process.log
 
 
 @dataclass(eq=False)
@@ -101,7 +98,16 @@ class _Served:
 class LocalPlatform:
     autoscales = False
 
-    def __init__(self, settings: Settings, store: ObjectStore, routes: RouteTable, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: ObjectStore,
+        kinds: Kinds,
+        routes: RouteTable,
+        wake: Callable[[], None],
+        outer: Mapping[str, str],
+    ) -> None:
+        """`outer`: the environment that this service was started in."""
         self._settings, self._store, self._routes, self._wake = settings, store, routes, wake
         self._root = settings.root
         self._records = self._root / "processes"
@@ -116,9 +122,13 @@ class LocalPlatform:
         if ended:
             log.warning("ended processes of an earlier service", count=ended)
         self._sockets = SocketFolder(self._root)
+        self.launcher = Launcher(settings, kinds, outer, self._records)
+        self.launcher.clear()
         self._serving_path = self._copy_serving()
         self._thread = threading.Thread(target=self._watch, name="local-platform", daemon=True)
         self._thread.start()
+        self._disks = threading.Thread(target=self._measure_disks, name="local-disks", daemon=True)
+        self._disks.start()
 
     # --- builds -----------------------------------------------------------------------------------------------------
 
@@ -135,17 +145,7 @@ class LocalPlatform:
                 (folder / name).unlink(missing_ok=True)
             spec = folder / "spec.json"
             spec.write_text(json.dumps(self._spec(order, folder), indent=1))
-            environment = {key: value for key, value in os.environ.items() if key not in _WITHHELD}
-            with (folder / "log.txt").open("ab") as errors, (folder / "progress.jsonl").open("wb") as progress:
-                child = processes.Child(
-                    [sys.executable, "-m", "builder_image", str(spec)],
-                    environment=environment,
-                    folder=folder,
-                    records=self._records,
-                    stdout=progress,
-                    stderr=errors,
-                )
-            self._builds[key] = _Build(order, child, folder, time.monotonic())
+            self._builds[key] = _Build(order, self.launcher.build(order, spec, folder), folder, time.monotonic())
 
     def build_status(self, order_id: str, attempt: int) -> BuildStatus:
         with self._lock:
@@ -158,17 +158,20 @@ class LocalPlatform:
         if code is None:
             return BuildStatus("running", stage, stages)
         result = _json(running.folder / "result.json")
-        shutil.rmtree(running.folder / "work", ignore_errors=True)
+        running.process.release()
         if code == 0 and result is not None and "error" not in result:
             return BuildStatus("succeeded", stage, result.get("stages", stages), result)
-        return BuildStatus("failed", stage, stages, None, running.killed or _build_failure(code, result, stage))
+        failure = running.process.killed
+        if failure is None and running.process.out_of_memory:
+            failure = _build_out_of_memory(self._settings)
+        return BuildStatus("failed", stage, stages, None, failure or _build_failure(code, result, stage))
 
     def cancel(self, order_id: str, attempt: int) -> None:
         with self._lock:
             running = self._builds.pop((order_id, attempt), None)
         if running is not None:
             running.child.kill()
-            shutil.rmtree(running.folder / "work", ignore_errors=True)
+            running.process.release()
 
     def holds(self, result: dict[str, Any]) -> bool:
         if result.get("environment") is None or result.get("bento") is None:  # an image was all that was wanted
@@ -283,6 +286,7 @@ class LocalPlatform:
         self._stop.set()
         self._wake_watch.set()
         self._thread.join()
+        self._disks.join()
         with self._lock:
             replicas = self._ending + [replica for served in self._served.values() for replica in served.replicas]
             for build in self._builds.values():
@@ -296,6 +300,8 @@ class LocalPlatform:
                     time.sleep(0.02)
                 if replica.child.poll() is None:
                     replica.child.kill()
+                replica.process.release()
+        self.launcher.close()
         self._probes.shutdown(cancel_futures=True)  # whom they ask has ended, so none of them waits
         self._sockets.close()
 
@@ -319,6 +325,18 @@ class LocalPlatform:
             self._wake_watch.wait(_TICK_BUSY if busy else _TICK_IDLE)
             self._wake_watch.clear()
 
+    def _measure_disks(self) -> None:
+        """In a thread of its own and without the lock, as a folder of many files takes long to look at."""
+        while not self._stop.wait(DISK_EVERY):
+            with self._lock:
+                running: list[Bounded] = [build.process for build in self._builds.values()]
+                running += [replica.process for served in self._served.values() for replica in served.replicas]
+            for process in running:
+                if self._stop.is_set():
+                    return
+                if process.child.process.returncode is None:
+                    process.measure_disk()
+
     def _starting(self) -> list[_Replica]:
         with self._lock:
             return [replica for served in self._served.values() for replica in served.replicas if not replica.ready]
@@ -334,6 +352,7 @@ class LocalPlatform:
             if not _is_ready(replica.upstream):
                 return
             checked = _metadata(replica.upstream).get("checked")
+            self.launcher.loaded(replica.process, replica.order)
             with self._lock:
                 replica.ready, replica.ready_since = True, time.monotonic()
                 served = self._served.get(replica.order.deployment)
@@ -406,69 +425,51 @@ class LocalPlatform:
         )
 
     def _launch(self, served: _Served, order: RevisionOrder) -> _Replica:
-        folder = self._root / "deployments" / order.deployment
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = f"{order.revision:06d}-{time.time_ns()}"
-        termination, log_file = folder / f"{stem}.termination", folder / f"{stem}.log"
-        for old in sorted(folder.glob("*.log"))[:-_KEPT_LOGS]:
-            old.unlink(missing_ok=True)
-            old.with_suffix(".termination").unlink(missing_ok=True)
         # Bound here, so that the child needs no right to the folder; it listens once it is ready.
         listening, path = self._sockets.bind()
-        with listening, log_file.open("ab") as output:
-            scratch = folder / "scratch"
-            scratch.mkdir(exist_ok=True)
-            child = processes.Child(
-                [str(Path(order.build["environment"]["dir"], "bin", "python")), "-m", "bentos.serving"],
-                environment=self._serving_environment(order, termination, listening.fileno(), scratch),
-                folder=scratch,
-                records=self._records,
-                stdout=output,
-                stderr=output,
-                pass_fds=(listening.fileno(),),
-            )
-        upstream = Upstream(order.revision, socket=path)
-        replica = _Replica(order, child, upstream, termination, log_file, time.monotonic())
+        with listening:
+            process = self._serve(order, listening.fileno())
+        replica = _Replica(order, process, Upstream(order.revision, socket=path), time.monotonic())
         served.replicas.append(replica)
         return replica
 
-    def _serving_environment(
-        self, order: RevisionOrder, termination: Path, listening: int, scratch: Path
-    ) -> dict[str, str]:
+    def _serve(self, order: RevisionOrder, listening: int) -> Serving:
         version, settings = order.version, self._settings
-        return {
-            **{key: os.environ[key] for key in _PASSED_ON if key in os.environ},
-            "HOME": str(scratch),
-            "BENTOML_HOME": str(scratch / "bentoml"),
+        environment, bento = Path(order.build["environment"]["dir"]), Path(order.build["bento"]["dir"])
+        model, folder = self._model_folder(version.location), settings.kind_folders.get(version.kind)
+        variables = {
             "BENTOML_DO_NOT_TRACK": "True",
             "PYTHONPATH": str(self._serving_path),
             "PYTHONUNBUFFERED": "1",
-            "EKIBEN_BENTO": order.build["bento"]["dir"],
-            "EKIBEN_MODEL_DIR": str(self._model_folder(version.location)),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "EKIBEN_BENTO": str(bento),
+            "EKIBEN_MODEL_DIR": str(model),
             "EKIBEN_MODEL_DIGEST": version.digest,
             "EKIBEN_MODEL_NAME": version.name,
             "EKIBEN_MODEL_VERSION": str(version.number),
             "EKIBEN_MODEL_METADATA": json.dumps({"labels": version.labels}),
             "EKIBEN_URL_PREFIX": f"/inference/{order.deployment}",
             "EKIBEN_SOCKET_FD": str(listening),
-            "EKIBEN_TERMINATION_LOG": str(termination),
             "EKIBEN_MAX_BODY_BYTES": str(settings.inference_body),
             "EKIBEN_REQUEST_SECONDS": str(settings.inference_seconds),
             "EKIBEN_PASS_HEADERS": ",".join(settings.pass_headers),
-            **({"EKIBEN_FOLDER": folder} if (folder := settings.kind_folders.get(version.kind)) else {}),
+            **({"EKIBEN_FOLDER": folder} if folder else {}),
         }
+        read = [environment, bento, model, self._serving_path, *([Path(folder)] if folder else [])]
+        return self.launcher.serve(order, variables, read, [listening])
 
     def _reap(self, served: _Served) -> None:
         """Processes that ended by themselves: a failure of a revision on its way, or a crash to recover from."""
         live = served.live.revision if served.live else None
         for replica in list(served.replicas):
-            self._bound_memory(replica)
+            self.launcher.bound_serving(replica.process, replica.order)
             code = replica.child.poll()
             if code is None:
                 continue
             served.replicas.remove(replica)
             self._sockets.remove(replica.upstream)
-            failure = replica.killed or _serving_failure(code, replica)
+            failure = replica.process.killed or _serving_failure(code, replica.process)
+            replica.process.release()
             log.warning(
                 "serving process ended",
                 deployment=replica.order.deployment,
@@ -491,41 +492,28 @@ class LocalPlatform:
         served.restart_at = time.monotonic() + served.restart_wait
         served.restart_wait = min(served.restart_wait * 2, _RESTART_LONGEST)
 
-    def _bound_memory(self, replica: _Replica) -> None:
-        limit = replica.order.resources.get("memory")
-        if limit is None or time.monotonic() - replica.measured < _MEMORY_EVERY:
-            return
-        replica.measured = time.monotonic()
-        used = replica.child.memory()
-        if used > parse_memory(limit):
-            replica.killed = Failure(
-                "out_of_memory",
-                f"The model used {used // 2**20} MiB of memory; its limit is {limit}.",
-                hint="Raise resources.memory of the deployment.",
-            )
-            replica.child.kill()
-
     def _bound_builds(self) -> None:
         for build in self._builds.values():
-            if not build.child.running or build.killed is not None:
+            process, settings = build.process, self._settings
+            if not process.child.running or process.killed is not None:
                 continue
-            age = time.monotonic() - build.started
-            if age > self._settings.build_seconds:
-                build.killed = Failure(
+            memory = process.due()
+            if time.monotonic() - build.started > settings.build_seconds:
+                process.killed = Failure(
                     "build_timeout",
-                    f"The build took longer than {self._settings.build_seconds:.0f} s.",
+                    f"The build took longer than {settings.build_seconds:.0f} s.",
                     hint="Raise EKIBEN_BUILD_SECONDS, or look at the build's log for what takes so long.",
                 )
-            elif time.monotonic() - build.measured > _MEMORY_EVERY:
-                build.measured = time.monotonic()
-                if build.child.memory() > self._settings.build_memory:
-                    build.killed = Failure(
-                        "build_out_of_memory",
-                        f"The build used more than {self._settings.build_memory // 2**20} MiB of memory.",
-                        hint="Raise EKIBEN_BUILD_MEMORY.",
-                    )
-            if build.killed is not None:
-                build.child.kill()
+            elif memory and process.child.memory() > settings.build_memory:
+                process.killed = _build_out_of_memory(settings)
+            elif process.disk > parse_memory(settings.build_disk) + 2 * build.order.version.size:
+                process.killed = Failure(
+                    "build_out_of_disk",
+                    f"The build's working folder took more than {settings.build_disk}, and its model's files.",
+                    hint="Raise EKIBEN_BUILD_DISK.",
+                )
+            if process.killed is not None:
+                process.child.kill()
                 self._wake()
 
     def _retire(self, served: _Served, replica: _Replica) -> None:
@@ -541,6 +529,7 @@ class LocalPlatform:
             assert replica.draining_since is not None
             waited = time.monotonic() - replica.draining_since
             if replica.child.poll() is not None:
+                replica.process.release()
                 self._ending.remove(replica)
                 self._sockets.remove(replica.upstream)
             elif replica.terminated is None:
@@ -662,12 +651,22 @@ def _build_failure(code: int, result: Any, stage: str | None) -> Failure:
     )
 
 
-def _serving_failure(code: int, replica: _Replica) -> Failure:
-    words = _json(replica.termination)
+def _build_out_of_memory(settings: Settings) -> Failure:
+    return Failure(
+        "build_out_of_memory",
+        f"The build used more than {settings.build_memory // MIB} MiB of memory.",
+        hint="Raise EKIBEN_BUILD_MEMORY.",
+    )
+
+
+def _serving_failure(code: int, process: Serving) -> Failure:
+    if process.out_of_memory:
+        return out_of_memory(process.limit)
+    words = process.words()
     if isinstance(words, dict) and "message" in words:
         return Failure(str(words.get("code", "serving_failed")), str(words["message"]), words.get("hint"))
     tail = ""
     with contextlib.suppress(OSError):
-        tail = "\n".join(replica.log.read_text(errors="replace").splitlines()[-5:])
+        tail = "\n".join(process.log.read_text(errors="replace").splitlines()[-5:])
     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return Failure("serving_crashed", f"The model's process {how}. Its last words: {tail or '(none)'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ _RETRY_LONGEST = 300.0
 
 
 class Projection:
-    def __init__(self, database: Database, root: Path, store: ObjectStore, uri: str) -> None:
-        self._database, self._root, self._store, self._uri = database, root, store, uri
+    def __init__(self, database: Database, root: Path, store: ObjectStore, uri: str, outer: Mapping[str, str]) -> None:
+        """`outer`: what of the service's environment the command that writes into MLflow sees."""
+        self._database, self._root, self._store, self._uri, self._outer = database, root, store, uri, outer
         self._stop = threading.Event()
         self._child: CatalogueCommand | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-projection", daemon=True)
@@ -102,7 +104,7 @@ class Projection:
 
     def _command(self, actions: list[dict[str, Any]]) -> list[dict[str, Any]]:
         body = "".join(json.dumps(action) + "\n" for action in actions)
-        with CatalogueCommand(self._root, self._uri) as command:
+        with CatalogueCommand(self._root, self._uri, self._outer) as command:
             self._child = command
             try:
                 out, _ = command.process.communicate(body.encode(), timeout=_TIMEOUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 
@@ -26,6 +27,13 @@ def parse_memory(text: str) -> int:
     if found is None:
         raise ValueError(f"{text!r} is no amount of memory: use for instance 512Mi or 2Gi")
     return int(float(found["number"]) * _UNITS[found["unit"]])
+
+
+def memory_limit(kind_memory: str, size: int) -> str:
+    """What a model needs when its deployment says nothing: its kind's share, and twice its files of `size` bytes."""
+    step, small = 64 * 2**20, 32 * 2**20
+    wanted = parse_memory(kind_memory) + 2 * size
+    return f"{math.ceil(wanted / step) * 64}Mi" if size > small else kind_memory
 
 
 def check_cpu(text: str) -> str:

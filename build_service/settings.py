@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -147,6 +148,11 @@ class Settings(ClusterSettings):
     builds_at_once: int = Field(2, gt=0, description="Builds that run side by side.")
     build_seconds: float = Field(1800, gt=0, description="Longest time of one attempt of a build, in seconds.")
     build_memory: int = Field(4 * GIB, gt=0, description="Resident bytes of a build's processes together.")
+    build_environment: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names of this service's environment variables that builds see too, besides those of proxies, "
+        "certificates, uv and the like; comma separated.",
+    )
     build_attempts: int = Field(3, gt=0, description="Attempts of a build that fails for want of infrastructure.")
     ready_seconds: float = Field(
         120, gt=0, description="Time a new revision has from its start to its golden sample, in seconds."
@@ -160,6 +166,17 @@ class Settings(ClusterSettings):
         0, ge=0, description="Time after the signal to end in which /readyz says no and calls are still taken, until "
         "proxies have heard, in seconds. A second signal ends it.",
     )  # fmt: skip
+    isolation: Literal["auto", "required", "off"] = Field(
+        "auto", description="Whether models' processes are kept from the state folder, from this service and from each "
+        "other: as far as the system can; required: refuse to start where it cannot; off.",
+    )  # fmt: skip
+    readable_folders: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Folders that models' processes may read besides the system's and their own; comma separated.",
+    )
+    log_bytes: int = Field(
+        16 * MIB, ge=64 * 1024, description="Bytes of each log that are kept: a process's, a build's, this service's."
+    )
     keep_revisions: int = Field(
         10, gt=1, description="Revisions of a deployment that are kept, the live one included: a roll-back returns to "
         "these without a build.",
@@ -183,8 +200,9 @@ class Settings(ClusterSettings):
     mlflow_uri: str | None = Field(None, description="MLflow's store; default a SQLite file in the state folder.")
 
     @field_validator(
-        "allowed_hosts", "allowed_packages", "cors_origins", "pass_headers", "trusted_proxies", mode="before"
-    )
+        "allowed_hosts", "allowed_packages", "cors_origins", "pass_headers", "trusted_proxies", "build_environment",
+        "readable_folders", mode="before",
+    )  # fmt: skip
     @classmethod
     def _separated(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -229,6 +247,14 @@ class Settings(ClusterSettings):
                 raise ValueError(f"{network!r} is no address or network: use for instance 10.0.0.0/8") from None
         return value
 
+    @field_validator("readable_folders")
+    @classmethod
+    def _absolute(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for folder in value:
+            if not Path(folder).is_absolute():
+                raise ValueError(f"{folder!r} must be an absolute path, for instance /srv/models")
+        return value
+
     @field_validator("public_url")
     @classmethod
     def _url(cls, value: str | None) -> str | None:
@@ -258,11 +284,15 @@ class Settings(ClusterSettings):
     @field_validator("database")
     @classmethod
     def _database(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         try:
-            if value is not None:
-                make_url(value)
+            url = make_url(value)
         except ArgumentError:
             raise ValueError("it is no SQLAlchemy URL, such as postgresql+psycopg://user@host/ekiben") from None
+        # libpq would look the variable up for every connection, but the service forgets it after its start.
+        if url.get_backend_name() == "postgresql" and not url.password and (password := os.environ.get("PGPASSWORD")):
+            return url.set(password=password).render_as_string(hide_password=False)
         return value
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ FORMAT = 1
 INSPECT_SECONDS = 120.0
 INSPECT_MEMORY = 16 << 30
 NETWORK = "EKIBEN_INSPECT_NETWORK"
+ISOLATION = "EKIBEN_ISOLATION"
 """`allow`: a service is imported with the network."""
 _LARGEST_ANSWER = 16 << 20
 _DEEPEST = 100
@@ -236,7 +237,11 @@ def ask(
     if not recipe.trusted:
         env["PYTHONDONTWRITEBYTECODE"] = "1"
     network = _network(tools)
-    bounds = {"memory": None if recipe.trusted else INSPECT_MEMORY, "network": network}
+    bounds = {
+        "memory": None if recipe.trusted else INSPECT_MEMORY,
+        "network": network,
+        "files": None if recipe.trusted else _files(tools, recipe, environment, work, answer, in_pod=link),
+    }
     done = tools.processes.run(
         [
             sys.executable, "-I", "-S", sandbox.__file__, json.dumps(bounds),
@@ -259,6 +264,22 @@ def ask(
         )
     hint = _IMPORT_HINT if network else f"{_IMPORT_HINT}; it is imported without network"
     return _answer(answer, done.output, done.code, str(context), hint)
+
+
+def _files(tools: Tools, recipe: Recipe, environment: Environment, work: Path, answer: Path, *, in_pod: bool) -> Any:
+    """What a user's code reads and writes: of one's own machine nothing but the system, its environment and its folder.
+    A pod's step has nothing else to read."""
+    if tools.outer.get(ISOLATION) == "off":
+        return None
+    from registry.confinement import system
+
+    own = [environment.dir, system.interpreter(str(environment.interpreter)), Path(__file__).with_name("inspector.py")]
+    own += [] if recipe.own_files is None else [recipe.own_files]
+    return {
+        "read": ["/"] if in_pod else [*system.folders(), *map(str, own)],
+        "write": [str(work), str(answer.parent)],
+        "devices": system.devices(),
+    }
 
 
 def _network(tools: Tools) -> bool:

@@ -11,11 +11,11 @@ import os
 import re
 import signal
 import subprocess
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 _KEPT = {
     "PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "NETRC",
@@ -32,6 +32,8 @@ _KEPT_UV = (
 )  # fmt: skip
 _CREDENTIALS = re.compile(r"://[^/\s@]+@")
 _LONGEST_OUTPUT = 256 * 1024
+_PIECE = 64 * 1024
+_LAST_WORDS_SECONDS = 1.0  # that the end of the output may take after the program's end
 
 
 @dataclass(frozen=True)
@@ -63,33 +65,32 @@ class Processes:
         Tools stay in the builder's process group, so that whoever ends that group ends them too. A user's code gets a
         session of its own: nothing that it started outlives it.
         """
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                [str(part) for part in argv],
-                cwd=cwd,
-                env=dict(env),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=own_session,
-            )
-            alive = self._groups if own_session else self._tools
-            alive.add(process.pid)
-            timed_out = False
-            try:
-                process.wait(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                timed_out = True
-            finally:
-                if own_session:
-                    _kill(process.pid)
-                elif process.poll() is None:
-                    process.kill()
-                process.wait()
-                alive.discard(process.pid)
-            size = output.seek(0, os.SEEK_END)
-            output.seek(max(0, size - _LONGEST_OUTPUT))
-            return Completed(process.returncode, redact(output.read().decode(errors="replace")), timed_out)
+        process = subprocess.Popen(
+            [str(part) for part in argv],
+            cwd=cwd,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=own_session,
+        )
+        assert process.stdout is not None
+        output = _End(process.stdout)
+        alive = self._groups if own_session else self._tools
+        alive.add(process.pid)
+        timed_out = False
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            if own_session:
+                _kill(process.pid)
+            elif process.poll() is None:
+                process.kill()
+            process.wait()
+            alive.discard(process.pid)
+        return Completed(process.returncode, redact(output.text()), timed_out)
 
     def kill(self) -> None:
         for group in list(self._groups):
@@ -97,6 +98,25 @@ class Processes:
         for tool in list(self._tools):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(tool, signal.SIGKILL)
+
+
+class _End:
+    """The end of what a program writes: however much that is, no more is kept, in memory or on the disk."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._kept = b""
+        self._thread = threading.Thread(target=self._read, args=(stream,), name="output", daemon=True)
+        self._thread.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        with stream:
+            while piece := os.read(stream.fileno(), _PIECE):
+                self._kept = (self._kept + piece)[-_LONGEST_OUTPUT:]
+
+    def text(self) -> str:
+        """What it was, once the program has ended; a process that it left behind is not waited for."""
+        self._thread.join(_LAST_WORDS_SECONDS)
+        return self._kept.decode(errors="replace")
 
 
 def _kill(group: int) -> None:

@@ -5,9 +5,11 @@ needs no privilege and works in any container: `socket` gives nothing but Unix s
 (io_uring, another ABI of the same kernel, the sockets and memory of other processes) are closed. What it guards, and
 what it does not: docs/decisions/0105-what-each-step-may-write.md.
 
-    python -I -S sandbox.py '{"memory": BYTES | null, "network": false}' PROGRAM ARGUMENT…
+    python -I -S sandbox.py '{"memory": BYTES | null, "network": false, "files": null}' PROGRAM ARGUMENT…
 
-runs a program inside. This file imports nothing but the standard library, because it runs before anything else does.
+runs a program inside. `files` is {"read": [path, …], "write": [path, …], "devices": [path, …]}, kept to where the
+kernel has Landlock. This file imports nothing but the standard library and registry.confinement, because it runs before
+anything else does.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from dataclasses import dataclass
 
 FAILED = 125
 """Exit code of the script where the sandbox could not be made; the program was not started then."""
+
+_LARGEST_FILE = 1 << 30  # bytes that a service may write into one file while it is imported
 
 _SET_NO_NEW_PRIVS, _GET_SECCOMP, _SET_PDEATHSIG, _SET_DUMPABLE = 38, 21, 1, 4
 _SET_MODE_FILTER, _TO_ALL_THREADS = 1, 1
@@ -141,6 +145,8 @@ def main(order: str, argv: Sequence[str]) -> None:
             _leave_network()
             if unavailable() is None:
                 confine()
+        if wanted.get("files") is not None:
+            _keep_to(wanted["files"])
         os.execv(argv[0], list(argv))
     except OSError as error:
         print(f"the sandbox could not be made: {error}", file=sys.stderr)
@@ -152,11 +158,19 @@ def _bound(memory: int | None) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 30, 8 << 30))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, _LARGEST_FILE))
     if memory is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     with contextlib.suppress(Exception):
         ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)  # Linux only
+
+
+def _keep_to(files: Mapping[str, list[str]]) -> None:
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from registry.confinement import landlock
+
+    if landlock.version() > 0:
+        landlock.confine(**files)
 
 
 def _leave_network() -> None:

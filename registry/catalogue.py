@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -158,7 +159,11 @@ def fetch(client: MlflowClient, action: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Project versions into MLflow: actions as JSON lines on stdin.")
-    parser.add_argument("--uri", required=True, help="MLflow's tracking and registry URI")
+    # The service sets the variable: a URI may have a password, and every user of a machine sees arguments.
+    given = os.environ.get("EKIBEN_MLFLOW_URI")
+    parser.add_argument(
+        "--uri", default=given, required=given is None, help="MLflow's tracking and registry URI (EKIBEN_MLFLOW_URI)"
+    )
     arguments = parser.parse_args()
     client = runs.client_of(arguments.uri)
     for line in sys.stdin:

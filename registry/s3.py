@@ -8,6 +8,7 @@ so its `_execute` (signed request in, response out) is used; the version is pinn
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import ipaddress
@@ -36,6 +37,7 @@ from minio.credentials.providers import (
     EnvAWSProvider,
     EnvMinioProvider,
     IamAwsProvider,
+    Provider,
     StaticProvider,
 )
 from minio.datatypes import parse_list_objects
@@ -116,9 +118,7 @@ class _Machine(ChainedProvider):
     def __init__(self) -> None:
         # Where there is no role, the address that would tell it does not answer.
         impatient = urllib3.PoolManager(timeout=2.0, retries=urllib3.Retry(1))
-        super().__init__(
-            [EnvAWSProvider(), EnvMinioProvider(), AWSConfigProvider(), IamAwsProvider(http_client=impatient)]
-        )
+        super().__init__([*_given(), AWSConfigProvider(), IamAwsProvider(http_client=impatient)])
 
     def retrieve(self) -> Credentials:
         try:
@@ -129,6 +129,16 @@ class _Machine(ChainedProvider):
                 f"There are no credentials for the object store ({type(error).__name__}).",
                 hint="Set EKIBEN_S3_ACCESS_KEY and EKIBEN_S3_SECRET_KEY.",
             ) from error
+
+
+def _given() -> list[Provider]:
+    """Credentials of the environment, read once: a service forgets its variables after its start."""
+    found: list[Provider] = []
+    for provider in (EnvAWSProvider(), EnvMinioProvider()):
+        with contextlib.suppress(ValueError):
+            given = provider.retrieve()
+            found.append(StaticProvider(given.access_key, given.secret_key, given.session_token))
+    return found
 
 
 class _Client(Minio):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import bentos
-from bentos.serving import declared, golden, lifeline, own_files
+from bentos.serving import declared, golden, lifeline, loaded, own_files
 from bentos.serving.about import About, Served
 from bentos.serving.model import ModelFolder
 from bentos.serving.problems import StartError
@@ -151,6 +151,8 @@ async def _run(
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _leave, server, wrapper)
         _logger.info("%s version %s is ready on %s", served.name, served.version, listener.getsockname())
+        if settings.modules_file is not None:
+            loaded.record(settings.modules_file)
         await server.serve(sockets=[listener])
 
 

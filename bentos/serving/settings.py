@@ -34,6 +34,8 @@ class Settings:
     socket_fd: int | None = None
     lifeline_fd: int | None = None
     termination_log: Path | None = None
+    modules_file: Path | None = None
+    """Where the modules are listed that had to be compiled."""
     max_body_bytes: int = 64 << 20
     request_seconds: float = 60.0
     leave_seconds: float = 0.0
@@ -79,6 +81,7 @@ class Settings:
             socket_fd=_descriptor(environ, "EKIBEN_SOCKET_FD"),
             lifeline_fd=_descriptor(environ, "EKIBEN_LIFELINE_FD"),
             termination_log=termination_log(environ),
+            modules_file=Path(listed) if (listed := environ.get("EKIBEN_MODULES_FILE")) else None,
             max_body_bytes=int(_number(environ, "EKIBEN_MAX_BODY_BYTES", 64 << 20, 1, 1 << 50)),
             request_seconds=_number(environ, "EKIBEN_REQUEST_SECONDS", 60.0, 0.001, 86400),
             leave_seconds=_number(environ, "EKIBEN_LEAVE_SECONDS", 0.0, 0, 3600),

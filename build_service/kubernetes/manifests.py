@@ -10,7 +10,7 @@ from typing import Any
 from build_service.kubernetes import names
 from build_service.kubernetes.settings import toleration
 from build_service.platform import BuildOrder, RevisionOrder
-from build_service.quantities import parse_memory
+from build_service.quantities import memory_limit, parse_memory
 from build_service.settings import GIB, MIB, Settings
 from registry import digest
 
@@ -45,12 +45,6 @@ def sealed(obj: Object, fence: int = 0) -> Object:
 
 def image(order: RevisionOrder, settings: Settings) -> str:
     return f"{settings.pull_address}/{settings.registry_repository}@{order.build['image']['digest']}"
-
-
-def memory_limit(kind_memory: str, size: int) -> str:
-    """What a model needs when nobody says: its kind's share, and twice its files."""
-    wanted = parse_memory(kind_memory) + 2 * size
-    return f"{math.ceil(wanted / (64 * MIB)) * 64}Mi" if size > 32 * MIB else kind_memory
 
 
 def resources(order: RevisionOrder, settings: Settings, kind_memory: str) -> Object:

@@ -96,7 +96,8 @@ class ClusterSettings(BaseSettings):
     )
     build_disk: str = Field(
         "4Gi",
-        description="Disk of a build's pod for packages and environments; what the model's own files need is added.",
+        description="Disk of a build's pod for packages and environments, on one machine of its working folder; what "
+        "the model's own files need is added.",
     )
     build_ttl_seconds: int = Field(
         3600, ge=60, description="Time a finished Job stays for kubectl to look at, in seconds."
@@ -114,10 +115,11 @@ class ClusterSettings(BaseSettings):
 
     model_cpu: str = Field("100m", description="CPU that a model's pod asks for when its deployment says nothing.")
     model_memory: str = Field(
-        "1Gi", description="Memory limit of a project's pod when its deployment says nothing; kinds have their own."
+        "1Gi", description="Memory limit of a project when its deployment says nothing; kinds have their own."
     )
     model_disk: str = Field(
-        "1Gi", description="Disk that a model's pod may write to /tmp; a pod that writes more is ended."
+        "1Gi",
+        description="Disk that a model may write to its temporary folder, a pod's /tmp; one that writes more is ended.",
     )
     model_disk_request: str = Field("128Mi", description="Disk that a model's pod asks for, at most EKIBEN_MODEL_DISK.")
     model_priority_class: str = Field(

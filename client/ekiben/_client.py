@@ -365,6 +365,11 @@ class Client:
         info = found.get("info", {}) if isinstance(found, dict) else {}
         return {"title": info.get("title"), "version": info.get("version")}
 
+    def machine(self) -> dict[str, Any]:
+        """What a server says of its own machine: its state folder, and what keeps models apart there."""
+        found = self._json("GET", "/version")
+        return found if isinstance(found, dict) else {}
+
     # --- transport -------------------------------------------------------------------------------------------------
 
     def _json(self, method: str, path: str, body: Any = None, params: Mapping[str, str] | None = None) -> Any:

@@ -132,7 +132,7 @@ def _reach(connection: _config.Connection, environment: Mapping[str, str]) -> It
     with Client(connection.url, connection.token, connection.ca) as client:
         try:
             client.kinds()  # needs a token where tokens are needed; readiness does not
-            about = client.about()
+            about = {**client.machine(), **client.about()}
         except EkibenError as error:
             level = "error"
             remedy = error.hint
@@ -143,6 +143,7 @@ def _reach(connection: _config.Connection, environment: Mapping[str, str]) -> It
             yield Finding("server", level, f"{where}: {error.message}", remedy)
             return
         yield Finding("server", "ok", f"{where}, version {about['version']}")
+        yield from _isolation(about)
         import ekiben
 
         mine, theirs = ekiben.__version__.split(".")[:2], str(about["version"]).split(".")[:2]
@@ -153,6 +154,16 @@ def _reach(connection: _config.Connection, environment: Mapping[str, str]) -> It
                 f"client {ekiben.__version__}, server {about['version']}",
                 "install the client of the server's version",
             )
+
+
+def _isolation(about: Mapping[str, Any]) -> Iterator[Finding]:
+    """What keeps models apart on the server's machine; a cluster and an older server say nothing of it."""
+    by = about.get("isolation")
+    if by == "none":
+        remedy = "a kernel with Landlock (Linux 5.13), or a service that runs as root, keeps models from its files"
+        yield Finding("isolation", "warning", "nothing keeps models from the server's files", remedy)
+    elif by:
+        yield Finding("isolation", "ok", f"{by}; memory by {about.get('memory')}")
 
 
 def _port(connection: _config.Connection, environment: Mapping[str, str]) -> Iterator[Finding]:

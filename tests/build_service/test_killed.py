@@ -51,7 +51,7 @@ def converged(home: Home, until: Until, *, versions: int, live: int, rows: Rows)
     assert len(home.rows("SELECT id FROM builds")) == versions
     assert home.rows("SELECT DISTINCT state FROM builds") == [("succeeded",)]
     assert home.rows("SELECT count(*) FROM revisions WHERE state = 'live'") == [(1,)]
-    until(lambda: len(home.processes()) == 1, lambda: str(home.processes()))
+    until(lambda: len(home.processes()) == 2, lambda: str(home.processes()))  # a model and its supervisor
     known = {location.partition("/")[2] for (location,) in home.rows("SELECT location FROM versions")}
     assert home.objects() == known
     assert home.works() == []
@@ -149,7 +149,7 @@ def test_the_projection(home: Home, model: Model, until: Until, boundary: str) -
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     assert [version.version for version in client.search_model_versions("name = 'churn'")] in (["1"], [1])
     assert client.get_model_version_by_alias("churn", "live").tags["ekiben.version"] == "1"
-    until(lambda: len(home.processes()) == 1, lambda: str(home.processes()))
+    until(lambda: len(home.processes()) == 2, lambda: str(home.processes()))  # a model and its supervisor
 
 
 def test_every_boundary_is_killed_at() -> None:

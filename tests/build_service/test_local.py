@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from build_service.local import LocalPlatform
 from build_service.platform import RevisionOrder
 from build_service.routes import RouteTable
 from build_service.settings import Settings
+from registry.kinds import Kinds
 from registry.store import DirectoryStore
 from registry.versions import Version
 
@@ -44,7 +46,13 @@ HANGING = 3
 @pytest.fixture
 def platform(tmp_path: Path) -> Iterator[LocalPlatform]:
     made = LocalPlatform(
-        Settings(home=tmp_path / "home"), DirectoryStore(tmp_path / "objects"), RouteTable(), lambda: None
+        # Without isolation, as the programs leave signs in a folder of the test's.
+        Settings(home=tmp_path / "home", isolation="off"),
+        DirectoryStore(tmp_path / "objects"),
+        Kinds(()),
+        RouteTable(),
+        lambda: None,
+        dict(os.environ),
     )
     yield made
     made.close()

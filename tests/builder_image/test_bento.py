@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from builder_image import bento, lock
 from builder_image.environment import Environment
 from builder_image.installer import Tools
+from registry.confinement import landlock
 from registry.errors import UserError
 
 LOCK = lock.parse("bentoml==1.4.40 --hash=sha256:" + "a" * 64 + "\n")
@@ -111,11 +113,30 @@ def test_a_bento_is_made_once_and_its_service_not_imported_again(
     assert ensure(wanted, nothing, tmp_path, tools).reused
 
 
+@pytest.mark.skipif(landlock.version() == 0, reason="the kernel has no Landlock")
+def test_a_services_code_reads_and_writes_its_own_folder_alone(
+    tmp_path: Path, environment: Environment, tools: Tools
+) -> None:
+    """What a kind that is trusted may, as it compiles its environment, is refused to a project."""
+    (tmp_path / "secret").write_text("secret")
+    tries = (
+        "import json, os\nfound = []\n"
+        f"for place, mode in [({str(tmp_path / 'secret')!r}, 'r'), ({str(tmp_path / 'new')!r}, 'w'),"
+        f" ({str(Path(bento.__file__).with_name('written'))!r}, 'w'), ('/tmp/ekiben-written', 'w'), ('own', 'w')]:\n"
+        "    try:\n        open(place, mode).close()\n        found.append('opened')\n"
+        "    except PermissionError:\n        found.append('refused')\n"
+        "open(os.path.join(os.environ['TMPDIR'], 'found'), 'w').write(json.dumps(found))\n"
+    )
+    ensure(recipe(tmp_path / "kind", trusted=False, service_py=tries + SERVICE), environment, tmp_path, tools)
+    (found,) = (tmp_path / "a" / "work").rglob("found")
+    assert json.loads(found.read_text()) == ["refused"] * 4 + ["opened"]
+
+
 def test_code_of_a_user_sees_no_secret_and_leaves_no_process(
     tmp_path: Path, environment: Environment, tools: Tools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "swordfish")
-    seen = tmp_path / "seen"
+    seen = tmp_path / "a" / "work" / "seen"
     spy = (
         "import os, subprocess, sys\n"
         f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
