@@ -123,7 +123,7 @@ class Network:
         rng = np.random.default_rng(0)
         pictures = rng.integers(0, 256, (_TRIALS, self.height, self.width, 3), dtype=np.uint8)
         black = np.zeros_like(pictures[0])
-        verdict = row_proof.tried(lambda rows: self.run(np.stack(rows)), pictures, [black], most=self.most)
+        verdict = row_proof.tried(lambda rows: list(self.run(np.stack(rows))), list(pictures), [black], most=self.most)
         sharing = row_proof.sharing(row_proof.Sharing.REQUESTS, verdict, proven)
         about = row_proof.details(sharing, verdict, proven)
         return replace(self, most=1 if sharing is row_proof.Sharing.ROW else self.most, sharing=about)

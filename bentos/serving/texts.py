@@ -230,7 +230,7 @@ class TextModel:
             _finished=_scores(pretrained, given.shape[1]) if classifier else _vectors(pretrained),
         )
         return replace(
-            model, verdict=row_proof.tried(lambda texts: model(texts).values, _trials(folder), most=_MOST_TRIED)
+            model, verdict=row_proof.tried(lambda texts: list(model(texts).values), _trials(folder), most=_MOST_TRIED)
         )
 
     def __call__(self, texts: Sequence[Text], place: Callable[[int], str] = "texts[{}]".format) -> Answers:

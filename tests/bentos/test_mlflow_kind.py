@@ -91,7 +91,8 @@ def test_of_two_folders_the_one_that_was_recognised_is_served(saved: Any, tmp_pa
     found = _see({path: data for path, data in files.items() if path != "a/model.lgb"})
     assert found.path == "a-b/MLmodel"
     named = write_model(tmp_path / "n", kind="mlflow", format="mlflow", files=files, model=found.path)
-    assert Model(named).outputs(ROWS) == pytest.approx(_booster().predict(FRAME[10:14]).tolist())
+    rows = [{name.replace(" ", "_"): value for name, value in row.items()} for row in ROWS]
+    assert Model(named).outputs(rows) == pytest.approx(_booster().predict(FRAME[10:14]).tolist())
     with pytest.raises(StartError, match="2 of them could be its mlflow model"):
         Model(_folder(tmp_path, files))
 
@@ -101,7 +102,7 @@ def test_a_booster_is_served_by_the_columns_of_its_signature(saved: Any, tmp_pat
     signature = infer_signature(FRAME, booster.predict(FRAME))
     files = saved(mlflow.lightgbm, booster, signature=signature, input_example=FRAME[:3])
     found = _see(files)
-    assert (found.format, found.path) == ("mlflow", "churn")
+    assert (found.format, found.path) == ("mlflow", "churn/MLmodel")
     assert found.signature is not None
     assert found.signature.columns == (Column("my age", "number"), Column("n", "int"))
     assert check_sample(found.signature, found.example) == 3
