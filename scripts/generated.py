@@ -122,10 +122,8 @@ def _figures() -> str:
         unit = "" if entry["unit"] in ("x", "") else f" {entry['unit']}"
         times = " ×" if entry["unit"] == "x" else unit
         value = f"not measured: {entry['why']}" if entry["value"] is None else f"{entry['value']:g}{times}"
-        rows.append(
-            f"| {entry.get('title', entry['figure'])} | {value} | {better} {entry['target']:g}{times} "
-            f"| `{entry['command']}` |"
-        )
+        target = "" if entry["target"] is None else f"{better} {entry['target']:g}{times}"
+        rows.append(f"| {entry.get('title', entry['figure'])} | {value} | {target} | `{entry['command']}` |")
     return "\n".join(rows) + "\n"
 
 
