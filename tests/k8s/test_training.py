@@ -114,7 +114,7 @@ def test_models_are_released_behind_the_gate_only(jobs: dict[str, dict[str, Any]
 def test_training_reaches_what_it_needs_and_is_let_in(objects: list[dict[str, Any]]) -> None:
     policies = {(each["metadata"]["namespace"], each["metadata"]["name"]): each["spec"] for each in objects
                 if each["kind"] == "NetworkPolicy"}  # fmt: skip
-    assert policies[NAMESPACE, "nothing"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert policies[NAMESPACE, "ekiben.default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     outside = [each for each in policies[NAMESPACE, "training"]["egress"] if "to" not in each]
     assert {port["port"] for each in outside for port in each["ports"]} == {53}
     (settings,) = (each["data"] for each in objects if each["metadata"]["name"].startswith("ekiben-settings"))
