@@ -247,9 +247,10 @@ def _bound(bounds: Bounds, cage: Cage | None) -> None:
 
 
 def _confine(cage: Cage) -> None:
-    if cage.user is not None:
-        from registry.confinement import mounts
+    # Imported first: inside its bounds a program may not see the folder that this package is in.
+    from registry.confinement import landlock, mounts
 
+    if cage.user is not None:
         mounts.view(cage.read, cage.write, cage.cover, cage.shared_memory)
         os.setgroups([])
         os.setresgid(cage.user, cage.user, cage.user)
@@ -259,8 +260,6 @@ def _confine(cage: Cage) -> None:
     if kernel.LINUX:
         kernel.keep_privileges_down()
     if cage.landlock:
-        from registry.confinement import landlock
-
         landlock.confine(cage.read, cage.write, cage.devices)
 
 
