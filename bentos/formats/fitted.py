@@ -50,6 +50,8 @@ class Feature:
         import numpy as np
 
         dtype = self.dtype or np.dtype(float)
+        if self.column.type is ValueType.ANY and str in set(map(type, values)):
+            dtype = np.dtype(object)  # a column that the model drops, or whose type its file does not say
         if dtype.kind == "f":
             return np.array(values, dtype=dtype)
         if dtype.kind == "M":
@@ -97,7 +99,9 @@ def array(known: Sequence[Feature], columns: Sequence[Sequence[Any]]) -> NDArray
     if len(types) > 1 or dtype.kind in "OU":
         return None
     arrays = [
-        replace(feature, dtype=dtype).array(values) if feature.used else np.zeros(len(values), dtype)
+        replace(feature, dtype=dtype).array(values)
+        if feature.used or str not in set(map(type, values))
+        else np.zeros(len(values), dtype)  # dropped by the model, and an array of numbers has no place for texts
         for feature, values in zip(known, columns, strict=True)
     ]
     return np.column_stack(arrays) if len({each.dtype for each in arrays}) == 1 else None
@@ -176,7 +180,8 @@ class _Uses:
             return self._imputer(step, cells)
         if hasattr(step, "get_support"):
             return self._selection(step, cells)
-        if hasattr(step, "inverse_func") and hasattr(step, "func"):
+        # a TransformedTargetRegressor has both too, of its targets
+        if hasattr(step, "inverse_func") and hasattr(step, "func") and not hasattr(step, "regressor_"):
             if step.func is None:
                 return cells
             return self._use(cells, _Use(opaque=True))

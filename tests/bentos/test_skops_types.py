@@ -14,7 +14,7 @@ import pytest
 import skops.io
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import KMeans
-from sklearn.compose import ColumnTransformer
+from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
 from sklearn.datasets import make_classification
 from sklearn.ensemble import (
     HistGradientBoostingClassifier,
@@ -82,6 +82,7 @@ ESTIMATORS: dict[str, tuple[Any, Any]] = {
         make_pipeline(ColumnTransformer([("t", TargetEncoder(cv=2), ["city"])]), LogisticRegression()),
         MIXED,
     ),
+    "transformed-target": (TransformedTargetRegressor(LinearRegression()), DATA),
     "hist-gradient-boosting": (HistGradientBoostingClassifier(max_iter=5), DATA),
     "hist-gradient-boosting-poisson": (HistGradientBoostingRegressor(loss="poisson", max_iter=5), DATA),
     "svc": (SVC(), DATA),
