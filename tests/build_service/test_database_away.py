@@ -32,7 +32,7 @@ def test_every_answer_says_that_the_database_is_away(
     home: Any, server: PostgreSQL, until: Callable[..., Any], settings: dict[str, str], asked: list[tuple[str, str]]
 ) -> None:
     home.start(database=server.create("away"), **settings)
-    with home.http(headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+    with home.http(**({"headers": {"Authorization": f"Bearer {TOKEN}"}} if settings else {})) as client:
         assert client.get("/models").status_code == 200
         server.stop()
         # Who may come in, and what is the default, is remembered for a moment.

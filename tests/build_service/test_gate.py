@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def retrain(home: Home, folder: Path, rounds: int) -> str:
     few = ["--queries", "400", "--rounds", str(rounds), "--no-mlflow", "--quiet", "--out", str(folder / "model")]
     done = subprocess.run(
         [sys.executable, "-m", "bentos.ranker.train", *few, "--register", home.url, "--gate"],
-        capture_output=True, text=True, check=False, cwd=ROOT,
+        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "EKIBEN_HOME": str(home.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr + home.log()
     return done.stdout
@@ -82,7 +83,8 @@ def test_forecasts_as_they_are_made_day_by_day(server: Home, tmp_path: Path) -> 
 
     def job(*arguments: str, module: str = "bentos.forecast.batch") -> str:
         command = [sys.executable, "-m", module, *arguments, *where]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        own = {**os.environ, "EKIBEN_HOME": str(server.path)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=own)
         assert done.returncode == 0, done.stdout + done.stderr + server.log()
         return done.stdout
 

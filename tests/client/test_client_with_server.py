@@ -46,7 +46,8 @@ def trained(table: pd.DataFrame, rounds: int) -> lightgbm.Booster:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[ekiben.Client]:
-    with ekiben.Client(server.url) as made:
+    token = Path(server.environment["EKIBEN_HOME"], "token").read_text().strip()
+    with ekiben.Client(server.url, token=token) as made:
         yield made
 
 

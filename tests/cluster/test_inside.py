@@ -91,7 +91,10 @@ def surroundings(installed: Installation, churn: Sequence[Trained], python_image
 def targets(cluster: Cluster) -> Targets:
     def service(namespace: str, name: str, port: int) -> tuple[str, int]:
         spec = cluster.get("service", name, "-n", namespace)["spec"]
-        return (spec["clusterIP"] if spec["clusterIP"] != "None" else pod(namespace, name), port)
+        return (
+            spec["clusterIP"] if spec["clusterIP"] != "None" else pod(namespace, name.removesuffix(names.SUFFIX)),
+            port,
+        )
 
     def pod(namespace: str, name: str) -> str:
         selector = f"app.kubernetes.io/name={name}" if namespace == "ekiben" else f"{names.DEPLOYMENT}={name}"
@@ -106,7 +109,7 @@ def targets(cluster: Cluster) -> Targets:
         "API server": (behind["endpoints"][0]["addresses"][0], behind["ports"][0]["port"]),
         "kubelet": (address, 10250),
         "metadata": (METADATA, METADATA_PORT),
-        "model": service("ekiben-models", "other", 80),
+        "model": service("ekiben-models", names.of("Service", "other"), 80),
         "model's pod": (pod("ekiben-models", "other"), names.PORT),
         "store": service("ekiben", "minio", 9000),
         "registry": service("ekiben", "registry", 5000),

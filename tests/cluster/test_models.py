@@ -162,7 +162,7 @@ def own(installed: Installation, tmp_path_factory: pytest.TempPathFactory) -> It
         made.push("no number", outputs='[float("nan")] * len(inputs)')
         made.push("memory", start="self.hoard = [bytes([n % 255 + 1]) * (1 << 24) for n in range(1 << 10)]")
         made.put(HANGS, made.built("hangs"))
-        made.put(LARGE, made.versions["hangs"], resources={"memory": "900Gi"})
+        made.put(LARGE, made.versions["hangs"], resources={"memory": "100Gi"})
         yield made
     for name in reversed(deployments):
         installed.remove(name)
@@ -195,10 +195,10 @@ def test_a_version_that_no_node_has_room_for_says_what_is_missing_while_it_waits
 ) -> None:
     waiting = eventually(lambda: waits(own.installed.deployment(LARGE)), PATIENCE)
     assert waiting["code"] == "insufficient_memory"
-    assert "900Gi" in waiting["reason"]
+    assert "100Gi" in waiting["reason"]
     found = own.returned(LARGE, own.versions["hangs"])
     assert found["code"] == "insufficient_memory"
-    assert "900Gi" in found["reason"]
+    assert "100Gi" in found["reason"]
 
 
 def waits(deployment: dict[str, Any]) -> dict[str, Any] | None:

@@ -305,7 +305,7 @@ def of_version_1(folder: Path, attack: str = "") -> Path:
         fill = tf.raw_ops.InitializeTableFromTextFileV2(
             table_handle=table, filename=source, key_index=-2, value_index=-1, vocab_size=-1, delimiter="\t"
         )
-        weights = v1.get_variable("w", [3], use_resource=True)
+        weights = v1.get_variable("w", [3], initializer=v1.ones_initializer(), use_resource=True)
         found = tf.raw_ops.LookupTableFindV2(table_handle=table, keys=x, default_value=tf.constant(2, tf.int64))
         y = tf.gather(weights, found)
         if attack == "a signature that fills it":
