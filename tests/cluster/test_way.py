@@ -42,8 +42,8 @@ def ranker(installed: Installation, shell: Shell) -> Iterator[Pushed]:
             installed.call("PUT", "/deployments/ranker", json=wanted)
             eventually(lambda: installed.http.get("/inference/metadata").headers.get("ekiben-model") == "ranker")
         printed = shell.run(line)
-        if "get jobs" in line:
-            assert "b-" in printed
+        if "get jobs" in line and "b-" not in printed:  # on a busy machine the reader is faster than the service
+            eventually(lambda line=line: "b-" in shell.run(line))
         if "rollout status" in line:
             assert "successfully rolled out" in printed
         if "/inference/" in line:
