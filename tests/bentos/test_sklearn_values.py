@@ -400,7 +400,7 @@ def tables(draw: st.DrawFn) -> tuple[pd.DataFrame, list[str]]:
     return pd.DataFrame(columns), encoded
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(table=tables(), encoder=st.sampled_from(ENCODERS), shuffle=st.randoms())
 def test_any_table_is_answered_as_the_estimator_answers_it(
     tmp_path: Path, table: tuple[pd.DataFrame, list[str]], encoder: Any, shuffle: Any
