@@ -96,11 +96,11 @@ def decode(data: bytes, field: str = PICTURE, least: int | None = None) -> Image
     kind = _format(data, field)
     if len(data) > MAX_BYTES:
         raise _too_many_bytes(len(data), field)
-    if kind == "WEBP":  # its decoder takes memory for the whole picture when it is opened
-        _check_size(_webp_size(data) or (1, 1), field, _MAX_WEBP_PIXELS)
     from PIL import Image
 
     try:
+        if kind == "WEBP":  # its decoder takes memory for the whole picture when it is opened
+            _check_size(_webp_size(data) or (1, 1), field, _MAX_WEBP_PIXELS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that is odd, and of sizes that are checked below
             image = Image.open(BytesIO(data), formats=[kind])

@@ -233,6 +233,13 @@ def _resized_jpeg(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.parametrize(("width", "height"), [(0, 10), (10, 0), (0, 0)])
+def test_a_webp_with_an_empty_side_is_a_problem(width: int, height: int) -> None:
+    with pytest.raises(Problem) as raised:
+        pictures.read(_resized_webp(b"VP8 ", width, height), 8, 8)
+    assert (raised.value.code, raised.value.field) == ("truncated_picture", "picture")
+
+
 def _resized_webp(chunk: bytes, width: int, height: int) -> bytes:
     image = scene()
     if chunk == b"VP8X":
